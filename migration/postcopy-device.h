@@ -1,0 +1,429 @@
+/*
+ * Postcopy switchover: the phase in which the destination loads the device
+ * state and the source can still take the guest back
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#ifndef QEMU_POSTCOPY_DEVICE_H
+#define QEMU_POSTCOPY_DEVICE_H
+
+#include "qemu/coroutine.h"
+#include "qemu/thread.h"
+#include "io/channel-buffer.h"
+#include "net/announce.h"
+#include "qapi/qapi-types-migration.h"
+
+/*
+ * Value of the MIG_CMD_PING that the source puts into the package behind the
+ * state of the last device.  A destination of any version answers with a
+ * MIG_RP_MSG_PONG of the same value as soon as it gets there, that is when it
+ * has loaded everything in front of it.  Value and name are those of QEMU 10.2.
+ */
+#define QEMU_VM_PING_PACKAGED_LOADED    0x42
+
+/*
+ * The switchover is committed in two phases.  PINGs alone do it, since any
+ * destination echoes any PING and any source ignores a PONG that it does not
+ * know.  The values are this implementation's own; docs/devel/migration/
+ * postcopy-device.rst has the protocol.
+ *
+ * HOLD: do not start the guest on MIG_CMD_POSTCOPY_RUN.  Sent long before the
+ * package.  A destination that can hold answers HELD, any other echoes HOLD.
+ */
+#define QEMU_VM_PING_POSTCOPY_HOLD      0x484f4c44 /* "HOLD" */
+#define QEMU_VM_PONG_POSTCOPY_HELD      0x48454c44 /* "HELD" */
+/* START: the source has let go, start the guest.  Sent again on recovery. */
+#define QEMU_VM_PING_POSTCOPY_START     0x53545254 /* "STRT" */
+
+/* Who has the guest, as far as the source has decided */
+typedef enum PostcopyDeviceOwner {
+    /* The source: the destination has not been told to start it */
+    POSTCOPY_DEVICE_OWNER_SOURCE = 0,
+    /* The destination.  There is no way back from here. */
+    POSTCOPY_DEVICE_OWNER_DESTINATION,
+    /* The source, for ever: the user has cancelled the migration */
+    POSTCOPY_DEVICE_OWNER_CANCELLED,
+} PostcopyDeviceOwner;
+
+/* Source side; lives in MigrationState and is set up for every migration */
+typedef struct PostcopyDeviceSource {
+    /*
+     * The migration thread (commit) and the main thread (cancel) both want to
+     * decide it: atomic, the first one wins.
+     */
+    PostcopyDeviceOwner owner;
+    /*
+     * The destination will not start the guest before START.  Set by the
+     * return path thread, read by the main and the migration thread.
+     */
+    bool held;
+    /*
+     * The disks are not to be had, the migration will be paused.  Migration
+     * thread and main thread, under the BQL.
+     */
+    bool in_doubt;
+    /*
+     * Wakes the migration thread while it waits for the destination.  Set by
+     * any thread.
+     */
+    QemuEvent wake;
+    /*
+     * The destination has loaded the package.  Set by the return path thread,
+     * consumed by the migration thread.
+     */
+    bool loaded;
+    /* The return path thread has ended.  Same threads. */
+    bool rp_closed;
+    /*
+     * When the package was complete (ms), or 0 if it has not come to that.
+     * Migration thread only, like the next.
+     */
+    int64_t start_time;
+    AnnounceTimer announce_timer;
+} PostcopyDeviceSource;
+
+/* How far the destination has come.  Only ever moves on from LOADING. */
+typedef enum PostcopyDeviceOutcome {
+    /* No package has been announced yet */
+    POSTCOPY_DEVICE_NONE = 0,
+    /* From MIG_CMD_POSTCOPY_LISTEN: the main thread loads the devices */
+    POSTCOPY_DEVICE_LOADING,
+    /* All of them are loaded; from here on a lost link means recovery */
+    POSTCOPY_DEVICE_LOADED,
+    /* Loading failed or the link broke: the guest must not start here */
+    POSTCOPY_DEVICE_FAILED,
+} PostcopyDeviceOutcome;
+
+/* Destination side; lives in MigrationIncomingState */
+typedef struct PostcopyDeviceIncoming {
+    /*
+     * The main thread and the listen thread both want to decide it: atomic,
+     * the first one wins.
+     */
+    PostcopyDeviceOutcome outcome;
+    /*
+     * Set by the main thread when the guest has been started, or will never
+     * be; the listen thread waits for it.
+     */
+    QemuEvent decided;
+    /* What starts the guest.  Set by the main thread before it sets RUN. */
+    QEMUBHFunc *start_bh;
+    /*
+     * What has arrived of RUN (main thread) and START (listen thread): atomic.
+     * With both of them the guest starts.
+     */
+    unsigned go;
+    /* The rest is used by the main thread only, with the BQL held */
+    bool disks_activated;
+    bool started;
+    bool listen_ended;
+    /* Who waits for the disks, and for the listen thread */
+    Coroutine *preparing;
+    Coroutine *waiting;
+} PostcopyDeviceIncoming;
+
+/*** Source ***/
+
+/**
+ * postcopy_device_init: prepare for a new outgoing migration
+ *
+ * @s: the migration
+ *
+ * Forgets everything that an earlier migration has left behind.  Main thread,
+ * with the BQL held, before any thread of the migration exists.
+ */
+void postcopy_device_init(MigrationState *s);
+
+/**
+ * postcopy_device_available: is there a return path for the PONG?
+ *
+ * @s: the migration
+ *
+ * Returns: false if the destination cannot tell that it has loaded the device
+ *          state (postcopy of dirty bitmaps only, without the return-path
+ *          capability).  There is no postcopy-device state then.
+ *
+ * Migration thread.
+ */
+bool postcopy_device_available(MigrationState *s);
+
+/**
+ * postcopy_device_send_hold: ask the destination to wait for START
+ *
+ * @s: the migration
+ *
+ * Nobody waits for the answer, so it costs nothing: the request is in front of
+ * the package in the stream, and whether the destination can do it matters
+ * for migrate_cancel only.  Needs a migration that can be recovered, which is
+ * how a lost START is made good: nothing is sent without postcopy-ram.
+ *
+ * Migration thread, when it has opened the return path.
+ */
+void postcopy_device_send_hold(MigrationState *s);
+
+/**
+ * postcopy_device_cancel: migrate_cancel after the switchover to postcopy
+ *
+ * @s: the migration
+ * @errp: why it is not possible, and what is
+ *
+ * In postcopy-device it is granted if the destination holds the guest.  In
+ * postcopy-paused it is granted if the source still owns the guest, but could
+ * not get its disks, and they can be activated now.
+ *
+ * Main thread, with the BQL held.
+ */
+void postcopy_device_cancel(MigrationState *s, Error **errp);
+
+/**
+ * postcopy_device_recovered: the link is there again
+ *
+ * @s: the migration, in state postcopy-active
+ *
+ * Sends START again, which may have been lost.  Migration thread.
+ */
+void postcopy_device_recovered(MigrationState *s);
+
+/**
+ * postcopy_device_switchover: hand the package over and wait until it is loaded
+ *
+ * @s: the migration, in state device
+ * @package: the package, which has PING QEMU_VM_PING_PACKAGED_LOADED in it if
+ *           postcopy_device_available()
+ * @errp: where to say what went wrong
+ *
+ * Serves page requests meanwhile, and sends no other page: the link is kept
+ * free for what the destination waits for.  Waits as long as the destination
+ * needs, but no longer than both channels work.
+ *
+ * If the channels fail but the disks are not to be had (the destination may
+ * hold their locks), the source must not run the guest.  The migration is
+ * paused then, and this function waits until it is recovered or cancelled.
+ *
+ * Returns: true once the destination has the guest: the state is
+ *          postcopy-active, and there is no way back.
+ *          false if the source still owns the guest: the state is as it was
+ *          (or cancelling), the channels are shut down, and the return path
+ *          thread is gone.  The caller takes the guest back.
+ *
+ * Migration thread, with the BQL held.  The BQL is dropped while the network is
+ * used and taken again.  As migrate_cancel comes with the BQL, it finds the
+ * migration either before the phase or in it.
+ */
+bool postcopy_device_switchover(MigrationState *s, QIOChannelBuffer *package,
+                                Error **errp);
+
+/**
+ * postcopy_device_guest_back: the guest runs at the source again
+ *
+ * @s: the migration, which has failed
+ *
+ * If the destination may have announced the guest on the network, or has been
+ * taken for its place there, announce it here.  Migration thread, with the BQL
+ * held.
+ */
+void postcopy_device_guest_back(MigrationState *s);
+
+/**
+ * postcopy_device_pong: note that a PONG has arrived
+ *
+ * @s: the migration
+ * @value: its value
+ *
+ * Return path thread.
+ */
+void postcopy_device_pong(MigrationState *s, uint32_t value);
+
+/**
+ * postcopy_device_rp_error: explain an error of the return path
+ *
+ * @s: the migration
+ * @errp: the error if there was one; within the phase a return path that ends
+ *        without an error and without the PONG is one, too
+ *
+ * Return path thread, before it makes the error public.
+ */
+void postcopy_device_rp_error(MigrationState *s, Error **errp);
+
+/**
+ * postcopy_device_rp_closed: note that the return path is closed
+ *
+ * @s: the migration
+ *
+ * The migration thread stops waiting, and if it is stuck in a write that will
+ * not go through any more, it is freed from there.  Return path thread, as the
+ * last thing it does.
+ */
+void postcopy_device_rp_closed(MigrationState *s);
+
+/**
+ * postcopy_device_wake: make the migration thread look again
+ *
+ * @s: the migration
+ *
+ * Any thread.  Nothing happens outside of the phase.
+ */
+void postcopy_device_wake(MigrationState *s);
+
+/**
+ * postcopy_device_in_progress: may the source still take the guest back?
+ *
+ * Returns: true in the outgoing state postcopy-device.  Nothing that the guest
+ *          would need on this side may be given up then.
+ *
+ * Any thread.
+ */
+bool postcopy_device_in_progress(void);
+
+/*** Destination ***/
+
+/**
+ * postcopy_device_incoming_init: called once, with the incoming state's
+ */
+void postcopy_device_incoming_init(MigrationIncomingState *mis);
+
+/**
+ * postcopy_device_incoming_listen: the package has begun
+ *
+ * @mis: the incoming migration
+ *
+ * The listen thread may be created next.  Main thread, in the load coroutine.
+ */
+void postcopy_device_incoming_listen(MigrationIncomingState *mis);
+
+/**
+ * postcopy_device_incoming_ping: act on a PING before it is answered
+ *
+ * @mis: the incoming migration
+ * @value: its value; what to answer is put here
+ *
+ * For QEMU_VM_PING_PACKAGED_LOADED this side prepares to run the guest: the
+ * disks are activated, unless late-block-activate defers that.  From there on
+ * a lost link is the listen thread's to recover from.
+ *
+ * Returns: false if the load must fail: the disks are not to be had (the error
+ *          has been reported), or the listen thread has lost the link already.
+ *
+ * Main thread in the load coroutine, or the listen thread.
+ */
+bool postcopy_device_incoming_ping(MigrationIncomingState *mis,
+                                   uint32_t *value);
+
+/**
+ * postcopy_device_incoming_run: MIG_CMD_POSTCOPY_RUN has arrived
+ *
+ * @mis: the incoming migration
+ * @start_bh: what starts the guest; opaque is @mis
+ *
+ * Schedules @start_bh, now or when START arrives, if this side is to hold the
+ * guest.
+ *
+ * Returns: false if the listen thread has lost the link already: the guest
+ *          must not start, the load must fail.
+ *
+ * Main thread, in the load coroutine.
+ */
+bool postcopy_device_incoming_run(MigrationIncomingState *mis,
+                                  QEMUBHFunc *start_bh);
+
+/**
+ * postcopy_device_incoming_started: the guest has been handed over
+ *
+ * @mis: the incoming migration
+ *
+ * The state becomes postcopy-active.  Main thread, with the BQL held.
+ */
+void postcopy_device_incoming_started(MigrationIncomingState *mis);
+
+/**
+ * postcopy_device_incoming_recoverable: what does a stream error mean?
+ *
+ * @mis: the incoming migration
+ *
+ * Returns: true if all devices had been loaded: the guest may run here, and
+ *          the migration must be paused until it is recovered.
+ *          false if not: the source keeps the guest, and the incoming
+ *          migration fails.  That is final: the guest will not start here.
+ *
+ * The thread that got the error, which can be the listen thread or the main
+ * thread in the load coroutine; for an error of the load itself the answer is
+ * always false.
+ */
+bool postcopy_device_incoming_recoverable(MigrationIncomingState *mis);
+
+/**
+ * postcopy_device_incoming_failed: is it decided that the guest won't start?
+ *
+ * Any thread.
+ */
+bool postcopy_device_incoming_failed(MigrationIncomingState *mis);
+
+/**
+ * postcopy_device_incoming_link_lost: the listen thread pauses for recovery
+ *
+ * @mis: the incoming migration
+ *
+ * If the guest has not been started, this side is in doubt: the source may
+ * have taken the guest back.  Lets go of the disks until START arrives.
+ *
+ * Listen thread.
+ */
+void postcopy_device_incoming_link_lost(MigrationIncomingState *mis);
+
+/**
+ * postcopy_device_incoming_resume_state: where to go on after a recovery
+ *
+ * Returns: the status of a recovered migration: postcopy-device if the guest
+ *          still waits for START, else postcopy-active
+ *
+ * Listen thread.
+ */
+MigrationStatus
+postcopy_device_incoming_resume_state(MigrationIncomingState *mis);
+
+/**
+ * postcopy_device_incoming_wait_started: wait until the guest is handed over
+ *
+ * @mis: the incoming migration
+ *
+ * Returns: false if that will never happen, as the load has failed.
+ *
+ * Listen thread, when it has received everything.
+ */
+bool postcopy_device_incoming_wait_started(MigrationIncomingState *mis);
+
+/**
+ * postcopy_device_incoming_listen_lost: report why the listen thread gives up
+ *
+ * @mis: the incoming migration
+ * @ret: negative errno of the read that failed
+ *
+ * Silent if it was the failed load that made it give up.  Shuts down the
+ * channels so that every other thread lets go, and the source learns of it.
+ * Listen thread.
+ */
+void postcopy_device_incoming_listen_lost(MigrationIncomingState *mis, int ret);
+
+/**
+ * postcopy_device_incoming_listen_end: the listen thread's last call
+ *
+ * @mis: the incoming migration
+ *
+ * Has the main thread join it.  Listen thread.
+ */
+void postcopy_device_incoming_listen_end(MigrationIncomingState *mis);
+
+/**
+ * postcopy_device_incoming_abort: give up after the load has failed
+ *
+ * @mis: the incoming migration
+ *
+ * Ends the listen thread, with those that it looks after, and sets the state
+ * to failed.  Does nothing if there is no listen thread.  The main loop runs
+ * meanwhile.  Main thread, in the load coroutine.
+ */
+void coroutine_fn
+postcopy_device_incoming_abort(MigrationIncomingState *mis);
+
+#endif

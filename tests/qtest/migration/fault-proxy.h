@@ -1,0 +1,155 @@
+/*
+ * A proxy between the two sides of a migration that breaks it on demand
+ *
+ * The source connects to the proxy, and the proxy connects to the destination;
+ * a thread relays what they send to each other, over as many connections as
+ * the source opens (the first is the main channel).  The thread knows just
+ * enough of the stream to stop at an exact byte: it finds the package of device
+ * state (MIG_CMD_PACKAGED) and the messages of the return path.
+ *
+ * A test that wants a fault does this:
+ *
+ *     fault_proxy_trap(p, FAULT_PROXY_IN_PACKAGE, 100,
+ *                      FAULT_PROXY_HOLD, FAULT_PROXY_HOLD);
+ *     ... have the source start postcopy ...
+ *     fault_proxy_wait(p);
+ *     ... the destination has 100 bytes of the package, and nothing moves ...
+ *     fault_proxy_cut(p);
+ *
+ * All functions are for the thread that runs the test; they take the proxy's
+ * lock themselves.  Errors of the proxy's own making abort the test.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#ifndef TEST_FAULT_PROXY_H
+#define TEST_FAULT_PROXY_H
+
+typedef struct FaultProxy FaultProxy;
+
+/* Where a trap can be; each takes a value. */
+typedef enum FaultProxyPoint {
+    /*
+     * The main channel towards the destination.  IN_PACKAGE: @value bytes of
+     * the package's contents have been passed on; if it has fewer, all but
+     * the last.  The others ignore @value.
+     */
+    FAULT_PROXY_BEFORE_PACKAGE,
+    FAULT_PROXY_IN_PACKAGE,
+    FAULT_PROXY_BEHIND_PACKAGE,
+    /*
+     * The main channel towards the source, in front of or right behind the
+     * next return path message of one type.  PONG: @value is the value of the
+     * pong.  REQ_PAGES is a request for pages of either form.  These ignore
+     * @value, as SHUT does.
+     */
+    FAULT_PROXY_BEFORE_PONG,
+    FAULT_PROXY_BEHIND_PONG,
+    FAULT_PROXY_BEFORE_SHUT,
+    FAULT_PROXY_BEHIND_REQ_PAGES,
+} FaultProxyPoint;
+
+/* What happens to the bytes of one direction, on all connections. */
+typedef enum FaultProxyMode {
+    /* Pass them on; this is how the proxy starts */
+    FAULT_PROXY_FORWARD,
+    /* Keep them until the mode changes; the sender can go on sending */
+    FAULT_PROXY_HOLD,
+    /* Do not even read them: the sender will block */
+    FAULT_PROXY_STALL,
+    /* Throw them away; the end of the stream is still passed on */
+    FAULT_PROXY_DROP,
+} FaultProxyMode;
+
+/**
+ * fault_proxy_new: start a proxy
+ *
+ * @dir: a directory for its socket
+ * @dst_path: the unix socket that the destination listens on; need not exist
+ *            before the source connects
+ *
+ * Returns: the proxy, to be freed with fault_proxy_free()
+ */
+FaultProxy *fault_proxy_new(const char *dir, const char *dst_path);
+
+/**
+ * fault_proxy_free: cut all connections and stop the proxy
+ *
+ * @p: the proxy
+ */
+void fault_proxy_free(FaultProxy *p);
+
+/**
+ * fault_proxy_uri: where the source has to connect to
+ *
+ * @p: the proxy
+ *
+ * Returns: a migration URI, owned by the proxy
+ */
+const char *fault_proxy_uri(FaultProxy *p);
+
+/**
+ * fault_proxy_trap: choose the point at which the proxy interferes
+ *
+ * @p: the proxy
+ * @point: the point
+ * @value: see FaultProxyPoint
+ * @to_dst: the new mode towards the destination
+ * @to_src: the new mode towards the source
+ *
+ * Both modes come into force together, when everything in front of the point
+ * has been passed on and nothing behind it.  There is one trap at a time, and
+ * it works once; a new one replaces it.
+ *
+ * The package is only looked for while a trap is waiting for it: between here
+ * and there, guest memory must not contain anything that looks like its header
+ * (see find_package() in fault-proxy.c).  So set it right before postcopy is
+ * started.
+ */
+void fault_proxy_trap(FaultProxy *p, FaultProxyPoint point, uint32_t value,
+                      FaultProxyMode to_dst, FaultProxyMode to_src);
+
+/**
+ * fault_proxy_spoil_section: make the destination fail to load a device
+ *
+ * @p: the proxy
+ * @idstr: the name of a section in the package
+ *
+ * To be called before the trap, which must be one of the package.  The version
+ * number of that section is changed, on its way, to one that no destination
+ * knows.  A package that has no such section aborts the test.
+ */
+void fault_proxy_spoil_section(FaultProxy *p, const char *idstr);
+
+/**
+ * fault_proxy_wait: wait until the trap has worked
+ *
+ * @p: the proxy
+ *
+ * Aborts the test if that takes more than 45 seconds.
+ */
+void fault_proxy_wait(FaultProxy *p);
+
+/**
+ * fault_proxy_set_mode: change the mode of both directions at once
+ *
+ * @p: the proxy
+ * @to_dst: the new mode towards the destination
+ * @to_src: the new mode towards the source
+ *
+ * What was held so far is passed on or thrown away, as the new mode says.
+ */
+void fault_proxy_set_mode(FaultProxy *p, FaultProxyMode to_dst,
+                          FaultProxyMode to_src);
+
+/**
+ * fault_proxy_cut: close all connections
+ *
+ * @p: the proxy
+ *
+ * Bytes that have not been passed on yet are lost.  They are closed when it
+ * returns.  New connections are accepted, in forward mode.
+ */
+void fault_proxy_cut(FaultProxy *p);
+
+#endif /* TEST_FAULT_PROXY_H */

@@ -1,0 +1,1098 @@
+/*
+ * QTest testcases for the switchover to postcopy: the time in which the
+ * destination loads the device state, and the source can take the guest back
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "libqtest.h"
+#include "migration/fault-proxy.h"
+#include "migration/framework.h"
+#include "migration/migration-qmp.h"
+#include "migration/migration-util.h"
+#include "qobject/qdict.h"
+#include "qobject/qlist.h"
+
+/* The ping that ends the device state, see migration/postcopy-device.h */
+#define PING_LOADED     0x42
+
+/* A section that every machine has in its device state */
+#define SPOILED_SECTION "timer"
+
+/*
+ * A step that takes longer than this hangs.  No step needs more than a few
+ * seconds on an idle host.
+ */
+#define STEP_SECONDS    60
+
+typedef struct Side {
+    const char *name;
+    QTestState *qts;
+    /* From MIGRATION events, in order, the oldest first */
+    GQueue statuses;
+    /* Set by the event, cleared by whoever has seen it */
+    bool stopped;
+    bool resumed;
+} Side;
+
+typedef struct DeviceTest {
+    Side src;
+    Side dst;
+    FaultProxy *proxy;
+
+    /*** What to test, set before device_test_start() ***/
+
+    /* Use postcopy-preempt */
+    bool preempt;
+    /* The guest is paused before it is migrated */
+    bool paused;
+    /*
+     * All of the RAM has been sent before the switchover.  Needs @paused; a
+     * dirty bitmap keeps the migration from being completed in precopy.
+     */
+    bool no_ram_left;
+    /* Postcopy of a dirty bitmap only; there is no return path */
+    bool bitmap_only;
+    /* exit-on-error=false for the destination */
+    bool no_exit;
+    /*
+     * A virtio-blk device that the firmware has left running: to load it, the
+     * destination reads guest memory that has not been sent (x86 only)
+     */
+    bool virtio;
+    /* Both sides take out-of-band commands, as migrate-recover needs */
+    bool oob;
+} DeviceTest;
+
+/*** No test may hang: each step has its name and its time ***/
+
+static char current_step[128];
+
+static void step_timeout(int signo)
+{
+    static const char msg[] = "postcopy-device test hangs: ";
+
+    if (write(STDERR_FILENO, msg, strlen(msg)) < 0 ||
+        write(STDERR_FILENO, current_step, strlen(current_step)) < 0 ||
+        write(STDERR_FILENO, "\n", 1) < 0) {
+        /* Then it is left to the abort to tell */
+    }
+    abort();
+}
+
+static G_GNUC_PRINTF(1, 2) void step(const char *fmt, ...)
+{
+    va_list ap;
+
+    alarm(0);
+    va_start(ap, fmt);
+    g_vsnprintf(current_step, sizeof(current_step), fmt, ap);
+    va_end(ap);
+    alarm(STEP_SECONDS);
+}
+
+/*** Events ***/
+
+static bool side_event(QTestState *qts, const char *name, QDict *event,
+                       void *opaque)
+{
+    Side *side = opaque;
+
+    if (g_str_equal(name, "MIGRATION")) {
+        QDict *data = qdict_get_qdict(event, "data");
+
+        g_queue_push_tail(&side->statuses,
+                          g_strdup(qdict_get_str(data, "status")));
+    } else if (g_str_equal(name, "STOP")) {
+        side->stopped = true;
+    } else if (g_str_equal(name, "RESUME")) {
+        side->resumed = true;
+    }
+    return true;
+}
+
+static void side_init(Side *side, const char *name, QTestState *qts)
+{
+    *side = (Side) { .name = name, .qts = qts };
+    g_queue_init(&side->statuses);
+    qtest_qmp_set_event_callback(qts, side_event, side);
+}
+
+static void side_wait_event(Side *side)
+{
+    QDict *event = qtest_qmp_receive_dict(side->qts);
+
+    g_assert(qdict_haskey(event, "event"));
+    side_event(side->qts, qdict_get_str(event, "event"), event, side);
+    qobject_unref(event);
+}
+
+/* The next statuses must be these, in this order, with none in between. */
+static G_GNUC_NULL_TERMINATED void expect_statuses(Side *side, ...)
+{
+    const char *status;
+    va_list ap;
+
+    va_start(ap, side);
+    while ((status = va_arg(ap, const char *))) {
+        g_autofree char *seen = NULL;
+
+        step("waiting for status '%s' of the %s", status, side->name);
+        while (g_queue_is_empty(&side->statuses)) {
+            side_wait_event(side);
+        }
+        seen = g_queue_pop_head(&side->statuses);
+        if (!g_str_equal(seen, status)) {
+            g_error("the %s went to '%s' instead of '%s'", side->name, seen,
+                    status);
+        }
+    }
+    va_end(ap);
+}
+
+static void expect_resume(Side *side)
+{
+    step("waiting for the guest to run on the %s", side->name);
+    while (!side->resumed) {
+        side_wait_event(side);
+    }
+    side->resumed = false;
+}
+
+/*** Queries ***/
+
+static void check_runstate(Side *side, bool running, const char *status)
+{
+    QDict *rsp;
+
+    step("query-status on the %s", side->name);
+    rsp = qtest_qmp_assert_success_ref(side->qts,
+                                       "{ 'execute': 'query-status' }");
+    g_assert_cmpint(qdict_get_bool(rsp, "running"), ==, running);
+    if (status) {
+        g_assert_cmpstr(qdict_get_str(rsp, "status"), ==, status);
+    }
+    qobject_unref(rsp);
+}
+
+static void check_migration_status(Side *side, const char *status)
+{
+    g_autofree char *seen = NULL;
+
+    step("query-migrate on the %s", side->name);
+    seen = migrate_query_status(side->qts);
+    g_assert_cmpstr(seen, ==, status);
+}
+
+/* There must be an error, and it must contain @word if that is not NULL. */
+static void check_error_desc(Side *side, const char *word)
+{
+    const char *desc;
+    QDict *rsp;
+
+    step("query-migrate on the %s", side->name);
+    rsp = migrate_query(side->qts);
+    desc = qdict_get_try_str(rsp, "error-desc");
+    g_assert(desc && *desc);
+    g_test_message("%s: %s", side->name, desc);
+    if (word && !strstr(desc, word)) {
+        g_error("error-desc of the %s does not mention '%s': %s", side->name,
+                word, desc);
+    }
+    qobject_unref(rsp);
+}
+
+static int count_migration_threads(Side *side)
+{
+    g_autofree char *path = g_strdup_printf("/proc/%d/task",
+                                            (int)qtest_pid(side->qts));
+    GDir *dir = g_dir_open(path, 0, NULL);
+    const char *tid;
+    int n = 0;
+
+    g_assert(dir);
+    while ((tid = g_dir_read_name(dir))) {
+        g_autofree char *comm = g_strdup_printf("%s/%s/comm", path, tid);
+        g_autofree char *name = NULL;
+
+        /* It may have ended just now */
+        if (g_file_get_contents(comm, &name, NULL, NULL) &&
+            g_str_has_prefix(name, "mig/")) {
+            n++;
+        }
+    }
+    g_dir_close(dir);
+    return n;
+}
+
+/* There is no event for it: the status changes before the last of them ends. */
+static void wait_no_migration_threads(Side *side)
+{
+    step("waiting for the %s to end its migration threads", side->name);
+    while (count_migration_threads(side)) {
+        g_usleep(1000);
+    }
+}
+
+/*** The parts of a test ***/
+
+static bool has_bitmap(DeviceTest *t)
+{
+    return t->no_ram_left || t->bitmap_only;
+}
+
+static void set_capabilities(DeviceTest *t, QTestState *qts)
+{
+    migrate_set_capability(qts, "postcopy-ram", !t->bitmap_only);
+    migrate_set_capability(qts, "postcopy-preempt", t->preempt);
+    migrate_set_capability(qts, "dirty-bitmaps", has_bitmap(t));
+}
+
+/*
+ * Have the migration go on in precopy until it is told otherwise: what is left
+ * to be sent must not get below avail-switchover-bandwidth * downtime-limit,
+ * and a bitmap counts as many bytes as it has bits.
+ */
+static void set_parameters(DeviceTest *t, QTestState *qts)
+{
+    int64_t bandwidth, granularity;
+
+    if (!has_bitmap(t)) {
+        migrate_ensure_non_converge(qts);
+        /* If the RAM is sent, then not before the test is over */
+        migrate_set_parameter_int(qts, "max-postcopy-bandwidth", 4096);
+        return;
+    }
+
+    if (t->no_ram_left) {
+        /* Less than a page; the bitmap has 16 million bits */
+        bandwidth = 10 * 1000;
+        granularity = 64 * 1024;
+    } else {
+        /* 150 MB are more than the guest dirties, and less than 256 Mbits */
+        bandwidth = 1500 * 1000 * 1000;
+        granularity = 4 * 1024;
+    }
+    migrate_set_parameter_int(qts, "max-bandwidth", 0);
+    migrate_set_parameter_int(qts, "avail-switchover-bandwidth", bandwidth);
+    migrate_set_parameter_int(qts, "downtime-limit", 100);
+    qtest_qmp_assert_success(qts,
+                             "{ 'execute': 'block-dirty-bitmap-add',"
+                             "  'arguments': { 'node': 'node0',"
+                             "                 'name': 'bitmap0',"
+                             "                 'granularity': %" PRId64 " } }",
+                             granularity);
+}
+
+/* The bitmap must be there, and usable. */
+static void check_bitmap(Side *side)
+{
+    const QListEntry *entry;
+    QDict *rsp, *bitmap;
+    QList *bitmaps = NULL;
+
+    step("query-named-block-nodes on the %s", side->name);
+    rsp = qtest_qmp(side->qts, "{ 'execute': 'query-named-block-nodes' }");
+    QLIST_FOREACH_ENTRY(qdict_get_qlist(rsp, "return"), entry) {
+        QDict *node = qobject_to(QDict, qlist_entry_obj(entry));
+
+        if (g_str_equal(qdict_get_str(node, "node-name"), "node0")) {
+            bitmaps = qdict_get_qlist(node, "dirty-bitmaps");
+        }
+    }
+    g_assert(bitmaps);
+    bitmap = qobject_to(QDict, qlist_peek(bitmaps));
+    g_assert_cmpstr(qdict_get_str(bitmap, "name"), ==, "bitmap0");
+    g_assert_false(qdict_get_bool(bitmap, "busy"));
+    g_assert_false(qdict_get_try_bool(bitmap, "inconsistent", false));
+    qobject_unref(rsp);
+}
+
+/* Start a migration to @dst, and come back when postcopy may be started. */
+static void device_test_migrate(DeviceTest *t, QTestState *dst)
+{
+    QTestState *src = t->src.qts;
+    g_autofree char *uri = g_strdup_printf("unix:%s/migsocket",
+                                           migration_get_env()->tmpfs);
+
+    step("starting the migration");
+    set_capabilities(t, src);
+    set_capabilities(t, dst);
+    migrate_incoming_qmp(dst, uri, NULL, "{ 'exit-on-error': %i }",
+                         !t->no_exit);
+    side_init(&t->dst, "destination", dst);
+
+    migrate_prepare_for_dirty_mem(src);
+    migrate_qmp(src, dst, fault_proxy_uri(t->proxy), NULL, "{}");
+    expect_statuses(&t->src, "setup", "active", NULL);
+    expect_statuses(&t->dst, "active", NULL);
+
+    if (t->no_ram_left) {
+        step("waiting for all of the RAM to be sent");
+        while (get_migration_pass(src) < 1 ||
+               read_ram_property_int(src, "remaining")) {
+            g_usleep(1000);
+        }
+    } else if (!t->paused) {
+        step("waiting for some RAM to be sent and dirty again");
+        migrate_wait_for_dirty_mem(src, dst);
+    }
+}
+
+static bool device_test_start(DeviceTest *t, bool hide_stderr)
+{
+    const char *opts = has_bitmap(t) ?
+            "-blockdev null-co,node-name=node0,size=1099511627776" :
+        t->virtio ?
+            "-blockdev null-co,node-name=node0,size=1073741824,read-zeroes=on "
+            "-device virtio-blk-pci,drive=node0" :
+            NULL;
+    MigrateStart args = {
+        .hide_stderr = hide_stderr,
+        .oob = t->oob,
+        .opts_source = opts,
+        .opts_target = opts,
+    };
+    struct sigaction timeout = { .sa_handler = step_timeout };
+    g_autofree char *dst_path = NULL;
+    QTestState *src, *dst;
+
+    sigaction(SIGALRM, &timeout, NULL);
+    step("starting QEMU");
+    if (migrate_start(&src, &dst, "defer", &args)) {
+        alarm(0);
+        return false;
+    }
+
+    dst_path = g_strdup_printf("%s/migsocket", migration_get_env()->tmpfs);
+    t->proxy = fault_proxy_new(migration_get_env()->tmpfs, dst_path);
+
+    set_parameters(t, src);
+    step("waiting for the guest to boot");
+    wait_for_serial("src_serial");
+    side_init(&t->src, "source", src);
+    if (t->paused) {
+        qtest_qmp_assert_success(src, "{ 'execute': 'stop' }");
+    }
+
+    device_test_migrate(t, dst);
+    return true;
+}
+
+static void device_test_start_postcopy(DeviceTest *t)
+{
+    step("starting postcopy");
+    qtest_qmp_assert_success(t->src.qts,
+                             "{ 'execute': 'migrate-start-postcopy' }");
+    expect_statuses(&t->src, "device", NULL);
+}
+
+/* The source must have stopped migrating, and have the guest as it was. */
+static void expect_guest_back(DeviceTest *t)
+{
+    Side *src = &t->src;
+
+    wait_no_migration_threads(src);
+    if (t->paused) {
+        check_runstate(src, false, "paused");
+        g_assert_false(src->resumed);
+        qtest_qmp_assert_success(src->qts, "{ 'execute': 'cont' }");
+    }
+    expect_resume(src);
+    check_runstate(src, true, "running");
+
+    if (t->no_ram_left) {
+        check_bitmap(src);
+    }
+}
+
+/* The source must take the guest back after a failure. */
+static void expect_source_resumes(DeviceTest *t)
+{
+    gint64 start = g_get_monotonic_time();
+
+    expect_statuses(&t->src, "failed", NULL);
+    check_error_desc(&t->src, NULL);
+    expect_guest_back(t);
+    g_test_message("the source took the guest back in %d ms",
+                   (int)(g_get_monotonic_time() - start) / 1000);
+}
+
+/* The destination must give up, and never have run the guest. */
+static void expect_destination_fails(DeviceTest *t, const char *word)
+{
+    Side *dst = &t->dst;
+
+    if (t->no_exit) {
+        expect_statuses(dst, "failed", NULL);
+        check_error_desc(dst, word);
+        wait_no_migration_threads(dst);
+        check_runstate(dst, false, NULL);
+        g_assert_false(dst->resumed);
+    } else {
+        step("waiting for the destination to exit");
+        qtest_set_expected_status(dst->qts, EXIT_FAILURE);
+        qtest_wait_qemu(dst->qts);
+    }
+}
+
+static void device_test_quit(DeviceTest *t, bool check_dst)
+{
+    step("ending the test");
+    fault_proxy_free(t->proxy);
+    migrate_end(t->src.qts, t->dst.qts, check_dst);
+    g_queue_clear_full(&t->src.statuses, g_free);
+    g_queue_clear_full(&t->dst.statuses, g_free);
+    alarm(0);
+}
+
+/* The guest must run on the destination, and only there. */
+static void end_on_destination(DeviceTest *t)
+{
+    wait_no_migration_threads(&t->src);
+    check_runstate(&t->src, false, "postmigrate");
+    g_assert_false(t->src.resumed);
+    device_test_quit(t, true);
+}
+
+/* The guest must run on the source. */
+static void end_on_source(DeviceTest *t)
+{
+    step("checking the guest on the source");
+    migrate_check_guest(t->src.qts);
+    device_test_quit(t, false);
+}
+
+/*** Success ***/
+
+static void complete_migration(DeviceTest *t)
+{
+    /* It is not postcopy-active before the destination says so */
+    fault_proxy_trap(t->proxy, FAULT_PROXY_BEFORE_PONG, PING_LOADED,
+                     FAULT_PROXY_FORWARD, FAULT_PROXY_HOLD);
+    device_test_start_postcopy(t);
+    expect_statuses(&t->src, "postcopy-device", NULL);
+    expect_statuses(&t->dst, "postcopy-device", NULL);
+    step("waiting for the destination to load the device state");
+    fault_proxy_wait(t->proxy);
+    check_migration_status(&t->src, "postcopy-device");
+    check_runstate(&t->src, false, "finish-migrate");
+
+    fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    expect_statuses(&t->src, "postcopy-active", NULL);
+    migrate_set_parameter_int(t->src.qts, "max-postcopy-bandwidth", 0);
+    expect_statuses(&t->dst, "postcopy-active", "completed", NULL);
+    expect_statuses(&t->src, "completed", NULL);
+    expect_resume(&t->dst);
+    check_runstate(&t->dst, true, "running");
+}
+
+static void run_success(DeviceTest *t)
+{
+    if (!device_test_start(t, false)) {
+        return;
+    }
+    complete_migration(t);
+    end_on_destination(t);
+}
+
+static void test_success(void)
+{
+    run_success(&(DeviceTest) { });
+}
+
+static void test_success_preempt(void)
+{
+    run_success(&(DeviceTest) { .preempt = true });
+}
+
+/* The firmware's driver is running: loading needs a page from the source */
+static void run_success_page_fault(DeviceTest *t)
+{
+    if (!device_test_start(t, false)) {
+        return;
+    }
+    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_REQ_PAGES, 0,
+                     FAULT_PROXY_HOLD, FAULT_PROXY_FORWARD);
+    device_test_start_postcopy(t);
+    expect_statuses(&t->src, "postcopy-device", NULL);
+    step("waiting for the destination to ask for a page");
+    fault_proxy_wait(t->proxy);
+    check_migration_status(&t->src, "postcopy-device");
+
+    fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    expect_statuses(&t->src, "postcopy-active", NULL);
+    migrate_set_parameter_int(t->src.qts, "max-postcopy-bandwidth", 0);
+    expect_statuses(&t->dst, "postcopy-device", "postcopy-active", "completed",
+                    NULL);
+    expect_statuses(&t->src, "completed", NULL);
+    expect_resume(&t->dst);
+    end_on_destination(t);
+}
+
+static void test_success_page_fault(void)
+{
+    run_success_page_fault(&(DeviceTest) { .virtio = true });
+}
+
+static void test_success_page_fault_preempt(void)
+{
+    run_success_page_fault(&(DeviceTest) { .virtio = true, .preempt = true });
+}
+
+/*
+ * Without a return path the source cannot hear that the destination has loaded
+ * the device state, and does not wait for it.
+ */
+static void test_success_bitmap_only(void)
+{
+    DeviceTest t = { .bitmap_only = true };
+
+    if (!device_test_start(&t, false)) {
+        return;
+    }
+    device_test_start_postcopy(&t);
+    expect_statuses(&t.src, "postcopy-active", "completed", NULL);
+    expect_statuses(&t.dst, "postcopy-active", "completed", NULL);
+    expect_resume(&t.dst);
+    check_bitmap(&t.dst);
+    end_on_destination(&t);
+}
+
+/*** The link breaks ***/
+
+static void cut_link(DeviceTest *t, FaultProxyPoint point, uint32_t value)
+{
+    fault_proxy_trap(t->proxy, point, value, FAULT_PROXY_HOLD,
+                     FAULT_PROXY_HOLD);
+    device_test_start_postcopy(t);
+    expect_statuses(&t->src, "postcopy-device", NULL);
+    step("waiting for the package");
+    fault_proxy_wait(t->proxy);
+    check_migration_status(&t->src, "postcopy-device");
+    check_runstate(&t->src, false, "finish-migrate");
+    fault_proxy_cut(t->proxy);
+    expect_source_resumes(t);
+}
+
+static void run_cut(DeviceTest *t, FaultProxyPoint point, uint32_t value)
+{
+    if (!device_test_start(t, true)) {
+        return;
+    }
+    cut_link(t, point, value);
+    expect_destination_fails(t, NULL);
+    end_on_source(t);
+}
+
+static void test_cut_before_package(void)
+{
+    run_cut(&(DeviceTest) { }, FAULT_PROXY_BEFORE_PACKAGE, 0);
+}
+
+static void test_cut_in_package(void)
+{
+    run_cut(&(DeviceTest) { }, FAULT_PROXY_IN_PACKAGE, 100);
+}
+
+static void test_cut_in_package_preempt(void)
+{
+    run_cut(&(DeviceTest) { .preempt = true }, FAULT_PROXY_IN_PACKAGE, 100);
+}
+
+static void test_cut_in_package_no_ram_left(void)
+{
+    run_cut(&(DeviceTest) { .paused = true, .no_ram_left = true },
+            FAULT_PROXY_IN_PACKAGE, 100);
+}
+
+static void test_cut_in_package_no_exit(void)
+{
+    run_cut(&(DeviceTest) { .no_exit = true }, FAULT_PROXY_IN_PACKAGE, 100);
+}
+
+static void test_cut_in_package_paused(void)
+{
+    run_cut(&(DeviceTest) { .paused = true }, FAULT_PROXY_IN_PACKAGE, 100);
+}
+
+/*
+ * The source cannot tell whether the destination has loaded everything, so it
+ * takes the guest back.  What the destination does depends on whether it has;
+ * it must answer in any case.
+ */
+static void test_cut_behind_package(void)
+{
+    DeviceTest t = { .no_exit = true };
+
+    if (!device_test_start(&t, true)) {
+        return;
+    }
+    cut_link(&t, FAULT_PROXY_BEHIND_PACKAGE, 0);
+    step("query-migrate on the destination");
+    qobject_unref(migrate_query(t.dst.qts));
+    end_on_source(&t);
+}
+
+/* The destination waits for a page that will not come any more. */
+static void test_cut_page_fault(void)
+{
+    run_cut(&(DeviceTest) { .virtio = true }, FAULT_PROXY_BEHIND_REQ_PAGES, 0);
+}
+
+static void test_cut_page_fault_preempt(void)
+{
+    run_cut(&(DeviceTest) { .virtio = true, .preempt = true },
+            FAULT_PROXY_BEHIND_REQ_PAGES, 0);
+}
+
+static void test_cut_page_fault_no_exit(void)
+{
+    DeviceTest t = { .virtio = true, .no_exit = true };
+
+    if (!device_test_start(&t, true)) {
+        return;
+    }
+    cut_link(&t, FAULT_PROXY_BEHIND_REQ_PAGES, 0);
+    expect_statuses(&t.dst, "postcopy-device", NULL);
+    expect_destination_fails(&t, NULL);
+    end_on_source(&t);
+}
+
+/* Nothing moves, nothing breaks: only the user can end it. */
+static void test_yank(void)
+{
+    DeviceTest t = { };
+
+    if (!device_test_start(&t, true)) {
+        return;
+    }
+    fault_proxy_trap(t.proxy, FAULT_PROXY_IN_PACKAGE, 100,
+                     FAULT_PROXY_STALL, FAULT_PROXY_STALL);
+    device_test_start_postcopy(&t);
+    expect_statuses(&t.src, "postcopy-device", NULL);
+    step("waiting for the package");
+    fault_proxy_wait(t.proxy);
+    check_migration_status(&t.src, "postcopy-device");
+    step("yank");
+    qtest_qmp_assert_success(t.src.qts,
+                             "{ 'execute': 'yank', 'arguments': {"
+                             "  'instances': [ { 'type': 'migration' } ] } }");
+    expect_source_resumes(&t);
+    fault_proxy_cut(t.proxy);
+    expect_destination_fails(&t, NULL);
+    end_on_source(&t);
+}
+
+/*** The destination dies ***/
+
+static void run_kill(DeviceTest *t, FaultProxyPoint point, uint32_t value)
+{
+    if (!device_test_start(t, true)) {
+        return;
+    }
+    fault_proxy_trap(t->proxy, point, value, FAULT_PROXY_HOLD,
+                     FAULT_PROXY_HOLD);
+    device_test_start_postcopy(t);
+    expect_statuses(&t->src, "postcopy-device", NULL);
+    step("waiting for the package");
+    fault_proxy_wait(t->proxy);
+    step("killing the destination");
+    qtest_crash_qemu(t->dst.qts);
+    /* Let the source know */
+    fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    expect_source_resumes(t);
+    end_on_source(t);
+}
+
+static void test_kill(void)
+{
+    run_kill(&(DeviceTest) { }, FAULT_PROXY_IN_PACKAGE, UINT32_MAX);
+}
+
+static void test_kill_preempt(void)
+{
+    run_kill(&(DeviceTest) { .preempt = true },
+             FAULT_PROXY_IN_PACKAGE, UINT32_MAX);
+}
+
+static void test_kill_no_ram_left(void)
+{
+    run_kill(&(DeviceTest) { .paused = true, .no_ram_left = true },
+             FAULT_PROXY_IN_PACKAGE, UINT32_MAX);
+}
+
+/* In the middle of the load of a device for sure */
+static void test_kill_page_fault(void)
+{
+    run_kill(&(DeviceTest) { .virtio = true }, FAULT_PROXY_BEHIND_REQ_PAGES, 0);
+}
+
+/*** The device state does not load ***/
+
+static void run_load_error(DeviceTest *t)
+{
+    if (!device_test_start(t, true)) {
+        return;
+    }
+    fault_proxy_spoil_section(t->proxy, SPOILED_SECTION);
+    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_PACKAGE, 0,
+                     FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    device_test_start_postcopy(t);
+    expect_statuses(&t->src, "postcopy-device", NULL);
+    if (t->no_exit) {
+        expect_statuses(&t->dst, "postcopy-device", NULL);
+    }
+    expect_destination_fails(t, SPOILED_SECTION);
+    expect_source_resumes(t);
+    end_on_source(t);
+}
+
+static void test_load_error(void)
+{
+    run_load_error(&(DeviceTest) { });
+}
+
+static void test_load_error_preempt(void)
+{
+    run_load_error(&(DeviceTest) { .preempt = true });
+}
+
+static void test_load_error_no_exit(void)
+{
+    run_load_error(&(DeviceTest) { .no_exit = true });
+}
+
+static void test_load_error_no_exit_preempt(void)
+{
+    run_load_error(&(DeviceTest) { .no_exit = true, .preempt = true });
+}
+
+static void test_load_error_no_ram_left(void)
+{
+    run_load_error(&(DeviceTest) { .paused = true, .no_ram_left = true });
+}
+
+static void test_load_error_no_exit_no_ram_left(void)
+{
+    run_load_error(&(DeviceTest) {
+        .paused = true, .no_ram_left = true, .no_exit = true
+    });
+}
+
+/*** One owner: the guest is not the destination's before the source says so ***/
+
+static void expect_destination_in_doubt(DeviceTest *t)
+{
+    expect_statuses(&t->dst, "postcopy-device", "postcopy-paused", NULL);
+    check_runstate(&t->dst, false, NULL);
+    g_assert_false(t->dst.resumed);
+}
+
+static void run_cut_before_pong(DeviceTest *t)
+{
+    if (!device_test_start(t, true)) {
+        return;
+    }
+    cut_link(t, FAULT_PROXY_BEFORE_PONG, PING_LOADED);
+    expect_destination_in_doubt(t);
+    end_on_source(t);
+}
+
+static void test_cut_before_pong(void)
+{
+    run_cut_before_pong(&(DeviceTest) { });
+}
+
+static void test_cut_before_pong_preempt(void)
+{
+    run_cut_before_pong(&(DeviceTest) { .preempt = true });
+}
+
+static void recover(DeviceTest *t)
+{
+    g_autofree char *uri = g_strdup_printf("unix:%s/migsocket",
+                                           migration_get_env()->tmpfs);
+
+    step("recovering");
+    migrate_set_parameter_int(t->src.qts, "max-postcopy-bandwidth", 0);
+    migrate_recover(t->dst.qts, uri);
+    migrate_qmp(t->src.qts, t->dst.qts, fault_proxy_uri(t->proxy), NULL,
+                "{ 'resume': true }");
+    expect_statuses(&t->src, "postcopy-recover-setup", "postcopy-recover",
+                    "postcopy-active", "completed", NULL);
+}
+
+/* The source has let go of the guest, but the destination has not heard it. */
+static void run_cut_behind_pong(DeviceTest *t)
+{
+    if (!device_test_start(t, true)) {
+        return;
+    }
+    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_PONG, PING_LOADED,
+                     FAULT_PROXY_HOLD, FAULT_PROXY_HOLD);
+    device_test_start_postcopy(t);
+    expect_statuses(&t->src, "postcopy-device", "postcopy-active", NULL);
+    fault_proxy_wait(t->proxy);
+    fault_proxy_cut(t->proxy);
+    expect_statuses(&t->src, "postcopy-paused", NULL);
+    expect_destination_in_doubt(t);
+    check_runstate(&t->src, false, NULL);
+    g_assert_false(t->src.resumed);
+
+    recover(t);
+    expect_statuses(&t->dst, "postcopy-recover", "postcopy-device",
+                    "postcopy-active", "completed", NULL);
+    expect_resume(&t->dst);
+    end_on_destination(t);
+}
+
+static void test_cut_behind_pong(void)
+{
+    run_cut_behind_pong(&(DeviceTest) { .oob = true });
+}
+
+static void test_cut_behind_pong_preempt(void)
+{
+    run_cut_behind_pong(&(DeviceTest) { .oob = true, .preempt = true });
+}
+
+/* Everything has arrived, but the source does not know that. */
+static void test_cut_before_shut(void)
+{
+    DeviceTest t = { };
+
+    if (!device_test_start(&t, true)) {
+        return;
+    }
+    migrate_set_parameter_int(t.src.qts, "max-postcopy-bandwidth", 0);
+    fault_proxy_trap(t.proxy, FAULT_PROXY_BEFORE_SHUT, 0,
+                     FAULT_PROXY_HOLD, FAULT_PROXY_HOLD);
+    device_test_start_postcopy(&t);
+    expect_statuses(&t.src, "postcopy-device", "postcopy-active", NULL);
+    step("waiting for the destination to have received everything");
+    fault_proxy_wait(t.proxy);
+    fault_proxy_cut(t.proxy);
+    expect_statuses(&t.src, "postcopy-paused", NULL);
+    check_runstate(&t.src, false, NULL);
+    g_assert_false(t.src.resumed);
+    expect_statuses(&t.dst, "postcopy-device", "postcopy-active", "completed",
+                    NULL);
+    expect_resume(&t.dst);
+    device_test_quit(&t, true);
+}
+
+static void expect_cancelled(DeviceTest *t)
+{
+    step("cancelling");
+    migrate_cancel(t->src.qts);
+    expect_statuses(&t->src, "cancelling", "cancelled", NULL);
+    expect_guest_back(t);
+}
+
+/* The destination is frozen; when it thaws it must not run the guest. */
+static void run_cancel_frozen(DeviceTest *t)
+{
+    if (!device_test_start(t, true)) {
+        return;
+    }
+    step("freezing the destination");
+    kill(qtest_pid(t->dst.qts), SIGSTOP);
+    device_test_start_postcopy(t);
+    expect_statuses(&t->src, "postcopy-device", NULL);
+    expect_cancelled(t);
+    kill(qtest_pid(t->dst.qts), SIGCONT);
+    expect_destination_fails(t, NULL);
+    end_on_source(t);
+}
+
+static void test_cancel_frozen(void)
+{
+    run_cancel_frozen(&(DeviceTest) { });
+}
+
+static void test_cancel_frozen_paused(void)
+{
+    run_cancel_frozen(&(DeviceTest) { .paused = true });
+}
+
+static void run_cancel_before_pong(DeviceTest *t)
+{
+    if (!device_test_start(t, true)) {
+        return;
+    }
+    fault_proxy_trap(t->proxy, FAULT_PROXY_BEFORE_PONG, PING_LOADED,
+                     FAULT_PROXY_FORWARD, FAULT_PROXY_HOLD);
+    device_test_start_postcopy(t);
+    expect_statuses(&t->src, "postcopy-device", NULL);
+    step("waiting for the destination to load the device state");
+    fault_proxy_wait(t->proxy);
+    expect_cancelled(t);
+    fault_proxy_cut(t->proxy);
+    expect_destination_in_doubt(t);
+    end_on_source(t);
+}
+
+static void test_cancel_before_pong(void)
+{
+    run_cancel_before_pong(&(DeviceTest) { });
+}
+
+static void test_cancel_before_pong_preempt(void)
+{
+    run_cancel_before_pong(&(DeviceTest) { .preempt = true });
+}
+
+/*** And then ***/
+
+static void run_retry(DeviceTest *t)
+{
+    MigrateStart args = { .only_target = true };
+    QTestState *dst;
+
+    if (!device_test_start(t, true)) {
+        return;
+    }
+    cut_link(t, FAULT_PROXY_IN_PACKAGE, 100);
+    expect_destination_fails(t, NULL);
+
+    step("starting another destination");
+    qtest_quit(t->dst.qts);
+    g_queue_clear_full(&t->dst.statuses, g_free);
+    migrate_start(&t->src.qts, &dst, "defer", &args);
+    t->src.stopped = false;
+    device_test_migrate(t, dst);
+    complete_migration(t);
+    end_on_destination(t);
+}
+
+static void test_retry(void)
+{
+    run_retry(&(DeviceTest) { });
+}
+
+static void test_retry_preempt(void)
+{
+    run_retry(&(DeviceTest) { .preempt = true });
+}
+
+static void test_cancel_before_switchover(void)
+{
+    DeviceTest t = { };
+
+    if (!device_test_start(&t, true)) {
+        return;
+    }
+    step("cancelling");
+    migrate_cancel(t.src.qts);
+    expect_statuses(&t.src, "cancelling", "cancelled", NULL);
+    wait_no_migration_threads(&t.src);
+    g_assert_false(t.src.stopped);
+    check_runstate(&t.src, true, "running");
+    expect_destination_fails(&t, NULL);
+    end_on_source(&t);
+}
+
+static void migration_test_add_postcopy_device_smoke(MigrationTestEnv *env)
+{
+    if (!env->has_uffd) {
+        return;
+    }
+
+    migration_test_add("/migration/postcopy-device/plain", test_success);
+    migration_test_add("/migration/postcopy-device/cut/in-package/plain",
+                       test_cut_in_package);
+    migration_test_add("/migration/postcopy-device/kill/plain", test_kill);
+    migration_test_add("/migration/postcopy-device/load-error/plain",
+                       test_load_error);
+    migration_test_add("/migration/postcopy-device/cut/before-pong",
+                       test_cut_before_pong);
+}
+
+void migration_test_add_postcopy_device(MigrationTestEnv *env)
+{
+    migration_test_add_postcopy_device_smoke(env);
+
+    if (!env->full_set) {
+        return;
+    }
+
+    migration_test_add("/migration/postcopy-device/bitmap-only",
+                       test_success_bitmap_only);
+
+    if (!env->has_uffd) {
+        return;
+    }
+
+    migration_test_add("/migration/postcopy-device/cancel/active",
+                       test_cancel_before_switchover);
+    migration_test_add("/migration/postcopy-device/cancel/frozen/plain",
+                       test_cancel_frozen);
+    migration_test_add("/migration/postcopy-device/cancel/frozen/paused",
+                       test_cancel_frozen_paused);
+    migration_test_add("/migration/postcopy-device/cancel/before-pong",
+                       test_cancel_before_pong);
+    migration_test_add("/migration/postcopy-device/yank", test_yank);
+    migration_test_add("/migration/postcopy-device/retry", test_retry);
+
+    migration_test_add("/migration/postcopy-device/cut/before-package",
+                       test_cut_before_package);
+    migration_test_add("/migration/postcopy-device/cut/behind-package",
+                       test_cut_behind_package);
+    migration_test_add("/migration/postcopy-device/cut/behind-pong",
+                       test_cut_behind_pong);
+    migration_test_add("/migration/postcopy-device/cut/before-shut",
+                       test_cut_before_shut);
+    migration_test_add("/migration/postcopy-device/cut/in-package/paused",
+                       test_cut_in_package_paused);
+    migration_test_add("/migration/postcopy-device/cut/in-package/no-ram-left",
+                       test_cut_in_package_no_ram_left);
+    migration_test_add("/migration/postcopy-device/cut/in-package/no-exit",
+                       test_cut_in_package_no_exit);
+
+    migration_test_add("/migration/postcopy-device/kill/no-ram-left",
+                       test_kill_no_ram_left);
+
+    migration_test_add("/migration/postcopy-device/load-error/no-ram-left",
+                       test_load_error_no_ram_left);
+    migration_test_add("/migration/postcopy-device/load-error/no-exit/plain",
+                       test_load_error_no_exit);
+    migration_test_add(
+        "/migration/postcopy-device/load-error/no-exit/no-ram-left",
+        test_load_error_no_exit_no_ram_left);
+
+    migration_test_add("/migration/postcopy-device/preempt/plain",
+                       test_success_preempt);
+    migration_test_add("/migration/postcopy-device/preempt/retry",
+                       test_retry_preempt);
+    migration_test_add("/migration/postcopy-device/preempt/cut/in-package",
+                       test_cut_in_package_preempt);
+    migration_test_add("/migration/postcopy-device/preempt/cut/before-pong",
+                       test_cut_before_pong_preempt);
+    migration_test_add("/migration/postcopy-device/preempt/cut/behind-pong",
+                       test_cut_behind_pong_preempt);
+    migration_test_add("/migration/postcopy-device/preempt/cancel",
+                       test_cancel_before_pong_preempt);
+    migration_test_add("/migration/postcopy-device/preempt/kill",
+                       test_kill_preempt);
+    migration_test_add("/migration/postcopy-device/preempt/load-error/plain",
+                       test_load_error_preempt);
+    migration_test_add("/migration/postcopy-device/preempt/load-error/no-exit",
+                       test_load_error_no_exit_preempt);
+
+    if (env->is_x86) {
+        migration_test_add("/migration/postcopy-device/page-fault/plain",
+                           test_success_page_fault);
+        migration_test_add("/migration/postcopy-device/page-fault/preempt",
+                           test_success_page_fault_preempt);
+        migration_test_add("/migration/postcopy-device/page-fault/kill",
+                           test_kill_page_fault);
+        migration_test_add("/migration/postcopy-device/page-fault/cut/plain",
+                           test_cut_page_fault);
+        migration_test_add("/migration/postcopy-device/page-fault/cut/no-exit",
+                           test_cut_page_fault_no_exit);
+        migration_test_add("/migration/postcopy-device/page-fault/cut/preempt",
+                           test_cut_page_fault_preempt);
+    }
+}
