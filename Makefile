@@ -13,6 +13,7 @@ demo: all
 	@scripts/demo
 
 check:
+	-@scripts/install-deps
 	@scripts/check
 
 check-series:

@@ -171,6 +171,8 @@ class Side:
         self.exited.wait()
 
     def output(self):
+        if not os.path.exists(self.log):        # it was never started
+            return []
         with open(self.log, encoding='utf-8', errors='replace') as log:
             return [line.strip() for line in log if line.strip()]
 

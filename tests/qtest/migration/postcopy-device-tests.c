@@ -20,6 +20,10 @@
 /* A section that every machine has in its device state */
 #define SPOILED_SECTION "timer"
 
+#define VIRTIO_OPTS \
+    "-blockdev null-co,node-name=node0,size=1073741824,read-zeroes=on " \
+    "-device virtio-blk-pci,drive=node0"
+
 /*
  * A step that takes longer than this hangs.  No step needs more than a few
  * seconds on an idle host.
@@ -54,6 +58,8 @@ typedef struct DeviceTest {
     bool no_ram_left;
     /* Postcopy of a dirty bitmap only; there is no return path */
     bool bitmap_only;
+    /* The source may drop what it has sent, when it needs it no more */
+    bool release_ram;
     /* exit-on-error=false for the destination */
     bool no_exit;
     /*
@@ -61,6 +67,8 @@ typedef struct DeviceTest {
      * destination reads guest memory that has not been sent (x86 only)
      */
     bool virtio;
+    /* It has another number of queues on the destination */
+    bool virtio_mismatch;
     /* Both sides take out-of-band commands, as migrate-recover needs */
     bool oob;
 } DeviceTest;
@@ -319,6 +327,7 @@ static void device_test_migrate(DeviceTest *t, QTestState *dst)
     step("starting the migration");
     set_capabilities(t, src);
     set_capabilities(t, dst);
+    migrate_set_capability(src, "release-ram", t->release_ram);
     migrate_incoming_qmp(dst, uri, NULL, "{ 'exit-on-error': %i }",
                          !t->no_exit);
     side_init(&t->dst, "destination", dst);
@@ -344,15 +353,12 @@ static bool device_test_start(DeviceTest *t, bool hide_stderr)
 {
     const char *opts = has_bitmap(t) ?
             "-blockdev null-co,node-name=node0,size=1099511627776" :
-        t->virtio ?
-            "-blockdev null-co,node-name=node0,size=1073741824,read-zeroes=on "
-            "-device virtio-blk-pci,drive=node0" :
-            NULL;
+        t->virtio ? VIRTIO_OPTS : NULL;
     MigrateStart args = {
         .hide_stderr = hide_stderr,
         .oob = t->oob,
         .opts_source = opts,
-        .opts_target = opts,
+        .opts_target = t->virtio_mismatch ? VIRTIO_OPTS ",num-queues=2" : opts,
     };
     struct sigaction timeout = { .sa_handler = step_timeout };
     g_autofree char *dst_path = NULL;
@@ -500,6 +506,16 @@ static void run_success(DeviceTest *t)
 static void test_success(void)
 {
     run_success(&(DeviceTest) { });
+}
+
+static void test_success_no_ram_left(void)
+{
+    run_success(&(DeviceTest) { .paused = true, .no_ram_left = true });
+}
+
+static void test_success_release_ram(void)
+{
+    run_success(&(DeviceTest) { .release_ram = true });
 }
 
 static void test_success_preempt(void)
@@ -736,7 +752,9 @@ static void run_load_error(DeviceTest *t)
     if (!device_test_start(t, true)) {
         return;
     }
-    fault_proxy_spoil_section(t->proxy, SPOILED_SECTION);
+    if (!t->virtio_mismatch) {
+        fault_proxy_spoil_section(t->proxy, SPOILED_SECTION);
+    }
     fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_PACKAGE, 0,
                      FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
     device_test_start_postcopy(t);
@@ -744,7 +762,8 @@ static void run_load_error(DeviceTest *t)
     if (t->no_exit) {
         expect_statuses(&t->dst, "postcopy-device", NULL);
     }
-    expect_destination_fails(t, SPOILED_SECTION);
+    expect_destination_fails(t, t->virtio_mismatch ? "virtio-blk" :
+                                                     SPOILED_SECTION);
     expect_source_resumes(t);
     end_on_source(t);
 }
@@ -781,7 +800,14 @@ static void test_load_error_no_exit_no_ram_left(void)
     });
 }
 
-/*** One owner: the guest is not the destination's before the source says so ***/
+static void test_load_error_mismatch(void)
+{
+    run_load_error(&(DeviceTest) {
+        .virtio = true, .virtio_mismatch = true, .no_exit = true
+    });
+}
+
+/*** One owner: the destination has the guest when the source says so ***/
 
 static void expect_destination_in_doubt(DeviceTest *t)
 {
@@ -808,6 +834,13 @@ static void test_cut_before_pong(void)
 static void test_cut_before_pong_preempt(void)
 {
     run_cut_before_pong(&(DeviceTest) { .preempt = true });
+}
+
+/* All of the RAM was sent, and none of it may have been dropped. */
+static void test_cut_release_ram(void)
+{
+    run_cut_before_pong(&(DeviceTest) { .release_ram = true, .paused = true,
+                                        .no_ram_left = true });
 }
 
 static void recover(DeviceTest *t)
@@ -1054,6 +1087,13 @@ void migration_test_add_postcopy_device(MigrationTestEnv *env)
     migration_test_add("/migration/postcopy-device/kill/no-ram-left",
                        test_kill_no_ram_left);
 
+    migration_test_add("/migration/postcopy-device/no-ram-left",
+                       test_success_no_ram_left);
+    migration_test_add("/migration/postcopy-device/release-ram/plain",
+                       test_success_release_ram);
+    migration_test_add("/migration/postcopy-device/release-ram/cut",
+                       test_cut_release_ram);
+
     migration_test_add("/migration/postcopy-device/load-error/no-ram-left",
                        test_load_error_no_ram_left);
     migration_test_add("/migration/postcopy-device/load-error/no-exit/plain",
@@ -1082,6 +1122,8 @@ void migration_test_add_postcopy_device(MigrationTestEnv *env)
                        test_load_error_no_exit_preempt);
 
     if (env->is_x86) {
+        migration_test_add("/migration/postcopy-device/load-error/mismatch",
+                           test_load_error_mismatch);
         migration_test_add("/migration/postcopy-device/page-fault/plain",
                            test_success_page_fault);
         migration_test_add("/migration/postcopy-device/page-fault/preempt",
