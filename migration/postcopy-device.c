@@ -668,6 +668,14 @@ static void postcopy_device_incoming_shutdown(MigrationIncomingState *mis)
     }
 }
 
+void postcopy_device_incoming_preempt_lost(MigrationIncomingState *mis)
+{
+    if (postcopy_device_incoming_decide(mis, POSTCOPY_DEVICE_FAILED) ==
+        POSTCOPY_DEVICE_FAILED) {
+        postcopy_device_incoming_shutdown(mis);
+    }
+}
+
 void postcopy_device_incoming_listen_lost(MigrationIncomingState *mis, int ret)
 {
     Error *err = NULL;
@@ -707,21 +715,22 @@ postcopy_device_incoming_abort(MigrationIncomingState *mis)
 {
     PostcopyDeviceIncoming *pd = &mis->postcopy_device;
 
-    if (!mis->have_listen_thread) {
-        return;
+    if (mis->have_listen_thread) {
+        trace_postcopy_device_incoming_abort();
+        qatomic_set(&pd->outcome, POSTCOPY_DEVICE_FAILED);
+        qemu_event_set(&pd->decided);
+        postcopy_device_incoming_shutdown(mis);
+
+        pd->waiting = qemu_coroutine_self();
+        while (!pd->listen_ended) {
+            qemu_coroutine_yield();
+        }
+        pd->waiting = NULL;
+        mis->have_listen_thread = false;
     }
 
-    trace_postcopy_device_incoming_abort();
-    qatomic_set(&pd->outcome, POSTCOPY_DEVICE_FAILED);
-    qemu_event_set(&pd->decided);
-    postcopy_device_incoming_shutdown(mis);
-
-    pd->waiting = qemu_coroutine_self();
-    while (!pd->listen_ended) {
-        qemu_coroutine_yield();
-    }
-    pd->waiting = NULL;
-    mis->have_listen_thread = false;
-
-    migrate_set_state(&mis->state, mis->state, MIGRATION_STATUS_FAILED);
+    migrate_set_state(&mis->state, MIGRATION_STATUS_POSTCOPY_DEVICE,
+                      MIGRATION_STATUS_FAILED);
+    migrate_set_state(&mis->state, MIGRATION_STATUS_POSTCOPY_ACTIVE,
+                      MIGRATION_STATUS_FAILED);
 }

@@ -288,7 +288,8 @@ void postcopy_device_incoming_init(MigrationIncomingState *mis);
  *
  * @mis: the incoming migration
  *
- * The listen thread may be created next.  Main thread, in the load coroutine.
+ * Called before any other thread of postcopy exists.  Main thread, in the load
+ * coroutine.
  */
 void postcopy_device_incoming_listen(MigrationIncomingState *mis);
 
@@ -394,6 +395,18 @@ postcopy_device_incoming_resume_state(MigrationIncomingState *mis);
 bool postcopy_device_incoming_wait_started(MigrationIncomingState *mis);
 
 /**
+ * postcopy_device_incoming_preempt_lost: the preempt channel has failed
+ *
+ * @mis: the incoming migration
+ *
+ * If devices are still being loaded, one of them may wait for a page that was
+ * to come this way, and the other side may not even know that it is lost.
+ * Breaks the main channel, too, so that the listen thread gives up.
+ * Preempt thread.
+ */
+void postcopy_device_incoming_preempt_lost(MigrationIncomingState *mis);
+
+/**
  * postcopy_device_incoming_listen_lost: report why the listen thread gives up
  *
  * @mis: the incoming migration
@@ -419,8 +432,8 @@ void postcopy_device_incoming_listen_end(MigrationIncomingState *mis);
  *
  * @mis: the incoming migration
  *
- * Ends the listen thread, with those that it looks after, and sets the state
- * to failed.  Does nothing if there is no listen thread.  The main loop runs
+ * Ends the listen thread, if there is one, with those that it looks after, and
+ * sets the state to failed if that of the phase is reached.  The main loop runs
  * meanwhile.  Main thread, in the load coroutine.
  */
 void coroutine_fn
