@@ -16,6 +16,8 @@
 
 /* The ping that ends the device state, see migration/postcopy-device.h */
 #define PING_LOADED     0x42
+/* The destination can be told when to start the guest, see there */
+#define PONG_HELD       0x48454c44
 
 /* A section that every machine has in its device state */
 #define SPOILED_SECTION "timer"
@@ -333,9 +335,15 @@ static void device_test_migrate(DeviceTest *t, QTestState *dst)
     side_init(&t->dst, "destination", dst);
 
     migrate_prepare_for_dirty_mem(src);
+    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_PONG, PONG_HELD,
+                     FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
     migrate_qmp(src, dst, fault_proxy_uri(t->proxy), NULL, "{}");
     expect_statuses(&t->src, "setup", "active", NULL);
     expect_statuses(&t->dst, "active", NULL);
+    if (!t->bitmap_only) {
+        step("waiting for the destination to promise to hold the guest");
+        fault_proxy_wait(t->proxy);
+    }
 
     if (t->no_ram_left) {
         step("waiting for all of the RAM to be sent");
