@@ -17,9 +17,10 @@ export LC_ALL=C.UTF-8
 umask 022
 
 if [ -d /usr/lib/ccache ]; then
-    # The tree of check-bisect shares what the main one has compiled.
+    # The tree of check-bisect shares what the main one has compiled, and so do
+    # other clones: no path of this one gets into the cache.
     PATH=/usr/lib/ccache:$PATH
-    export PATH CCACHE_NOHASHDIR=1
+    export PATH CCACHE_NOHASHDIR=1 CCACHE_BASEDIR="$out"
 fi
 
 note() { echo "== $*" >&2; }
