@@ -23,6 +23,8 @@
 
 /*** Source ***/
 
+#define POSTCOPY_DEVICE_NUDGE_MS    100
+
 void postcopy_device_init(MigrationState *s)
 {
     PostcopyDeviceSource *pd = &s->postcopy_device;
@@ -33,7 +35,6 @@ void postcopy_device_init(MigrationState *s)
     pd->loaded = false;
     pd->rp_closed = false;
     pd->start_time = 0;
-    qemu_event_reset(&pd->wake);
 }
 
 bool postcopy_device_available(MigrationState *s)
@@ -49,7 +50,7 @@ bool postcopy_device_in_progress(void)
 
 void postcopy_device_wake(MigrationState *s)
 {
-    qemu_event_set(&s->postcopy_device.wake);
+    qemu_sem_post(&s->postcopy_device.wake);
 }
 
 void postcopy_device_pong(MigrationState *s, uint32_t value)
@@ -82,8 +83,16 @@ static bool postcopy_device_set_owner(MigrationState *s,
            POSTCOPY_DEVICE_OWNER_SOURCE;
 }
 
+bool postcopy_device_committed(MigrationState *s)
+{
+    return qatomic_read(&s->postcopy_device.owner) ==
+           POSTCOPY_DEVICE_OWNER_DESTINATION;
+}
+
 static void postcopy_device_cancel_waiting(MigrationState *s, Error **errp)
 {
+    Error *err = NULL;
+
     if (!qatomic_read(&s->postcopy_device.held)) {
         error_setg(errp, "Cannot cancel: this destination cannot be held back "
                    "and may run the guest already. Make sure that it does not "
@@ -106,6 +115,11 @@ static void postcopy_device_cancel_waiting(MigrationState *s, Error **errp)
     }
 
     trace_postcopy_device_cancel();
+    /* Before the channels report what that looks like */
+    error_setg(&err, "Migration was cancelled before the destination had "
+               "loaded the device state");
+    migrate_set_error(s, err);
+    error_free(err);
     WITH_QEMU_LOCK_GUARD(&s->qemu_file_lock) {
         if (s->to_dst_file) {
             qemu_file_shutdown(s->to_dst_file);
@@ -241,8 +255,6 @@ static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
     PostcopyDeviceSource *pd = &s->postcopy_device;
 
     while (true) {
-        qemu_event_reset(&pd->wake);
-
         if (qatomic_read(&pd->loaded)) {
             return true;
         }
@@ -254,7 +266,15 @@ static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
             continue;
         }
 
-        qemu_event_wait(&pd->wake);
+        if (qatomic_read(&pd->held)) {
+            qemu_sem_wait(&pd->wake);
+        } else if (qemu_sem_timedwait(&pd->wake, POSTCOPY_DEVICE_NUDGE_MS)) {
+            /*
+             * A destination without this code that has failed to load may wait
+             * for its listen thread, which waits for something to read.
+             */
+            postcopy_device_send_hold(s);
+        }
     }
 }
 
@@ -296,10 +316,9 @@ static bool postcopy_device_commit(MigrationState *s, MigrationStatus from,
 
 static void postcopy_device_let_go(MigrationState *s)
 {
-    migration_rate_set(migrate_max_postcopy_bandwidth());
-
-    /* In particular spice sends its client after the guest now */
     bql_lock();
+    migration_rate_set(migrate_max_postcopy_bandwidth());
+    /* In particular spice sends its client after the guest now */
     migration_call_notifiers(s, MIG_EVENT_PRECOPY_DONE, NULL);
     bql_unlock();
 
@@ -322,7 +341,7 @@ static bool postcopy_device_reclaim_disks(MigrationState *s, Error **errp)
 {
     int delay_ms;
 
-    for (delay_ms = 5; delay_ms <= 640; delay_ms *= 2) {
+    for (delay_ms = 1; delay_ms <= 512; delay_ms *= 2) {
         Error *err = NULL;
 
         bql_lock();
@@ -529,11 +548,17 @@ postcopy_device_incoming_decide(MigrationIncomingState *mis,
 
 static void postcopy_device_activate_disks_bh(void *opaque)
 {
-    PostcopyDeviceIncoming *pd = opaque;
+    MigrationIncomingState *mis = opaque;
+    PostcopyDeviceIncoming *pd = &mis->postcopy_device;
     Error *err = NULL;
 
-    pd->disks_activated = migration_block_activate(&err);
-    if (!pd->disks_activated) {
+    /*
+     * If the listen thread has given up, it may have ended, too: nobody would
+     * let go of the disks again.
+     */
+    pd->disks_activated = !postcopy_device_incoming_failed(mis) &&
+                          migration_block_activate(&err);
+    if (err) {
         error_prepend(&err, "load of migration failed: cannot activate the "
                       "disks: ");
         migrate_set_error(migrate_get_current(), err);
@@ -553,7 +578,7 @@ postcopy_device_incoming_prepare(MigrationIncomingState *mis)
 
     if (!migrate_late_block_activate()) {
         pd->preparing = qemu_coroutine_self();
-        migration_bh_schedule(postcopy_device_activate_disks_bh, pd);
+        migration_bh_schedule(postcopy_device_activate_disks_bh, mis);
         qemu_coroutine_yield();
         if (!pd->disks_activated) {
             return false;
@@ -583,8 +608,15 @@ bool postcopy_device_incoming_ping(MigrationIncomingState *mis,
 {
     switch (*value) {
     case QEMU_VM_PING_POSTCOPY_HOLD:
-        qatomic_and(&mis->postcopy_device.go, ~POSTCOPY_DEVICE_GO_START);
-        *value = QEMU_VM_PONG_POSTCOPY_HELD;
+        /* When the package is here it is too late to begin with that */
+        if (qatomic_read(&mis->postcopy_device.outcome) ==
+            POSTCOPY_DEVICE_NONE) {
+            qatomic_and(&mis->postcopy_device.go, ~POSTCOPY_DEVICE_GO_START);
+        }
+        if (!(qatomic_read(&mis->postcopy_device.go) &
+              POSTCOPY_DEVICE_GO_START)) {
+            *value = QEMU_VM_PONG_POSTCOPY_HELD;
+        }
         break;
     case QEMU_VM_PING_PACKAGED_LOADED:
         return !qemu_in_coroutine() || postcopy_device_incoming_prepare(mis);

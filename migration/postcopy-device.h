@@ -29,7 +29,8 @@
  * postcopy-device.rst has the protocol.
  *
  * HOLD: do not start the guest on MIG_CMD_POSTCOPY_RUN.  Sent long before the
- * package.  A destination that can hold answers HELD, any other echoes HOLD.
+ * package, and again and again to a destination that has not answered HELD by
+ * then.  A destination that can hold answers HELD, any other echoes HOLD.
  */
 #define QEMU_VM_PING_POSTCOPY_HOLD      0x484f4c44 /* "HOLD" */
 #define QEMU_VM_PONG_POSTCOPY_HELD      0x48454c44 /* "HELD" */
@@ -64,10 +65,10 @@ typedef struct PostcopyDeviceSource {
      */
     bool in_doubt;
     /*
-     * Wakes the migration thread while it waits for the destination.  Set by
-     * any thread.
+     * Wakes the migration thread while it waits for the destination.  Posted
+     * by any thread.
      */
-    QemuEvent wake;
+    QemuSemaphore wake;
     /*
      * The destination has loaded the package.  Set by the return path thread,
      * consumed by the migration thread.
@@ -213,6 +214,17 @@ void postcopy_device_recovered(MigrationState *s);
  */
 bool postcopy_device_switchover(MigrationState *s, QIOChannelBuffer *package,
                                 Error **errp);
+
+/**
+ * postcopy_device_committed: has the guest been handed over?
+ *
+ * @s: the migration
+ *
+ * Returns: true if the source must never run the guest again
+ *
+ * Any thread.
+ */
+bool postcopy_device_committed(MigrationState *s);
 
 /**
  * postcopy_device_guest_back: the guest runs at the source again

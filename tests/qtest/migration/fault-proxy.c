@@ -16,7 +16,9 @@
 /* The stream towards the destination, see migration/savevm.[ch] */
 #define VM_SECTION_FULL         0x04
 #define VM_COMMAND              0x08
+#define CMD_PING                2
 #define CMD_PACKAGED            7
+#define PING_LEN                9
 #define PACKAGE_HEADER_LEN      9
 
 /* The return path, see migration/migration.c */
@@ -82,6 +84,10 @@ struct FaultProxy {
     FaultProxyMode trap_mode[DIRECTION_MAX];
     bool trap_worked;
     char *spoil_idstr;
+    bool change_ping;
+    uint32_t ping_from;
+    uint32_t ping_to;
+    bool opaque;
 };
 
 static void channel_free(gpointer opaque)
@@ -138,6 +144,33 @@ static void set_trap_at(Stream *s, size_t offset)
 }
 
 /*
+ * Find @size bytes that are @pattern where @mask is set.
+ *
+ * Returns: true with their offset, or false with the offset up to which @buf
+ * cannot be a part of them.
+ */
+static bool find_bytes(const GByteArray *buf, size_t start,
+                       const uint8_t *pattern, const uint8_t *mask, size_t size,
+                       size_t *offset)
+{
+    for (size_t i = start; i < buf->len; i++) {
+        size_t len = MIN(size, buf->len - i);
+        size_t n = 0;
+
+        while (n < len && (buf->data[i + n] & mask[n]) == pattern[n]) {
+            n++;
+        }
+        if (n == len) {
+            *offset = i;
+            return n == size;
+        }
+    }
+
+    *offset = buf->len;
+    return false;
+}
+
+/*
  * Find the header of the package:
  *
  *   VM_COMMAND  CMD_PACKAGED (be16)  4 (be16)  size of contents (be32)
@@ -147,9 +180,6 @@ static void set_trap_at(Stream *s, size_t offset)
  * the command that its contents begin with, 11 bytes of which 8 are fixed.  The
  * guest in these tests has a tiny boot sector and one counter per page, and it
  * would be a strange firmware that contains them.
- *
- * Returns: true with the header's offset, or false with the offset up to which
- * @buf cannot be a part of it.
  */
 static bool find_package(const GByteArray *buf, size_t start, size_t *offset)
 {
@@ -160,21 +190,19 @@ static bool find_package(const GByteArray *buf, size_t start, size_t *offset)
         0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0xff, 0xff
     };
 
-    for (size_t i = start; i < buf->len; i++) {
-        size_t len = MIN(sizeof(pattern), buf->len - i);
-        size_t n = 0;
+    return find_bytes(buf, start, pattern, mask, sizeof(pattern), offset);
+}
 
-        while (n < len && (buf->data[i + n] & mask[n]) == pattern[n]) {
-            n++;
-        }
-        if (n == len) {
-            *offset = i;
-            return n == sizeof(pattern);
-        }
-    }
+/* VM_COMMAND  CMD_PING (be16)  4 (be16)  value (be32) */
+static bool find_ping(const GByteArray *buf, size_t start, uint32_t value,
+                      size_t *offset)
+{
+    uint8_t pattern[PING_LEN] = { VM_COMMAND, 0, CMD_PING, 0, 4 };
+    uint8_t mask[PING_LEN];
 
-    *offset = buf->len;
-    return false;
+    stl_be_p(&pattern[PING_LEN - 4], value);
+    memset(mask, 0xff, sizeof(mask));
+    return find_bytes(buf, start, pattern, mask, sizeof(pattern), offset);
 }
 
 static void spoil_section(FaultProxy *p, uint8_t *package, size_t size)
@@ -198,8 +226,27 @@ static void parse_to_dst(FaultProxy *p, Stream *s)
 {
     size_t offset, contents, size;
 
-    if (!p->trap_set || p->trap_point > FAULT_PROXY_BEHIND_PACKAGE) {
+    if (p->change_ping) {
+        if (!find_ping(s->buf, s->parsed, p->ping_from, &offset)) {
+            s->parsed = offset;
+            return;
+        }
+        stl_be_p(&s->buf->data[offset + PING_LEN - 4], p->ping_to);
+        s->parsed = offset + PING_LEN;
+        p->change_ping = false;
+    }
+
+    if (!p->trap_set || p->trap_point > FAULT_PROXY_BEFORE_PING) {
         s->parsed = s->buf->len;
+        return;
+    }
+
+    if (p->trap_point == FAULT_PROXY_BEFORE_PING) {
+        if (find_ping(s->buf, s->parsed, p->trap_value, &offset)) {
+            set_trap_at(s, offset);
+            p->trap_set = false;
+        }
+        s->parsed = offset;
         return;
     }
 
@@ -310,7 +357,7 @@ static void parse(FaultProxy *p, Channel *c, Direction d)
 {
     Stream *s = &c->stream[d];
 
-    if (!c->main) {
+    if (!c->main || p->opaque) {
         s->parsed = s->buf->len;
     } else if (s->trapped) {
         /* Nothing but what is in front of the trap matters now */
@@ -564,6 +611,22 @@ void fault_proxy_spoil_section(FaultProxy *p, const char *idstr)
     g_mutex_lock(&p->lock);
     g_free(p->spoil_idstr);
     p->spoil_idstr = g_strdup(idstr);
+    g_mutex_unlock(&p->lock);
+}
+
+void fault_proxy_set_opaque(FaultProxy *p)
+{
+    g_mutex_lock(&p->lock);
+    p->opaque = true;
+    g_mutex_unlock(&p->lock);
+}
+
+void fault_proxy_change_ping(FaultProxy *p, uint32_t from, uint32_t to)
+{
+    g_mutex_lock(&p->lock);
+    p->change_ping = true;
+    p->ping_from = from;
+    p->ping_to = to;
     g_mutex_unlock(&p->lock);
 }
 

@@ -32,11 +32,13 @@ typedef enum FaultProxyPoint {
     /*
      * The main channel towards the destination.  IN_PACKAGE: @value bytes of
      * the package's contents have been passed on; if it has fewer, all but
-     * the last.  The others ignore @value.
+     * the last.  PING: @value is the value of the ping, which is searched for
+     * like the package.  The others ignore @value.
      */
     FAULT_PROXY_BEFORE_PACKAGE,
     FAULT_PROXY_IN_PACKAGE,
     FAULT_PROXY_BEHIND_PACKAGE,
+    FAULT_PROXY_BEFORE_PING,
     /*
      * The main channel towards the source, in front of or right behind the
      * next return path message of one type.  PONG: @value is the value of the
@@ -120,6 +122,28 @@ void fault_proxy_trap(FaultProxy *p, FaultProxyPoint point, uint32_t value,
  * knows.  A package that has no such section aborts the test.
  */
 void fault_proxy_spoil_section(FaultProxy *p, const char *idstr);
+
+/**
+ * fault_proxy_set_opaque: do not try to read the streams
+ *
+ * @p: the proxy
+ *
+ * For a link that is encrypted.  No trap will work, but all modes do.  To be
+ * called before the source connects.
+ */
+void fault_proxy_set_opaque(FaultProxy *p);
+
+/**
+ * fault_proxy_change_ping: have the destination get another ping
+ *
+ * @p: the proxy
+ * @from: the value of a ping on the main channel
+ * @to: what it becomes
+ *
+ * Concerns the next such ping, which the proxy searches for as it does for the
+ * package.  No trap of the package works before it has come.
+ */
+void fault_proxy_change_ping(FaultProxy *p, uint32_t from, uint32_t to);
 
 /**
  * fault_proxy_wait: wait until the trap has worked

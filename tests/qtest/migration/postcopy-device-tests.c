@@ -17,7 +17,11 @@
 /* The ping that ends the device state, see migration/postcopy-device.h */
 #define PING_LOADED     0x42
 /* The destination can be told when to start the guest, see there */
+#define PING_HOLD       0x484f4c44
 #define PONG_HELD       0x48454c44
+#define PING_START      0x53545254
+/* No one knows this value */
+#define PING_UNKNOWN    0x3f3f3f3f
 
 /* A section that every machine has in its device state */
 #define SPOILED_SECTION "timer"
@@ -40,6 +44,7 @@ typedef struct Side {
     /* Set by the event, cleared by whoever has seen it */
     bool stopped;
     bool resumed;
+    bool woken;
 } Side;
 
 typedef struct DeviceTest {
@@ -53,6 +58,8 @@ typedef struct DeviceTest {
     bool preempt;
     /* The guest is paused before it is migrated */
     bool paused;
+    /* The guest suspends itself before it is migrated (x86 only) */
+    bool suspended;
     /*
      * All of the RAM has been sent before the switchover.  Needs @paused; a
      * dirty bitmap keeps the migration from being completed in precopy.
@@ -71,8 +78,23 @@ typedef struct DeviceTest {
     bool virtio;
     /* It has another number of queues on the destination */
     bool virtio_mismatch;
+    /* The destination does not know that it is to wait for START */
+    bool no_hold;
+    /* -S for the destination: the guest waits for 'cont' */
+    bool wait_for_cont;
+    /* The destination activates its disks as late as possible */
+    bool late_activate;
     /* Both sides take out-of-band commands, as migrate-recover needs */
     bool oob;
+    /* The link is encrypted, so the proxy cannot read it: no trap works */
+    bool tls;
+    void *tls_data;
+    /*
+     * What the source has to do in this order, checked when it has ended: its
+     * statuses, "notify" and the type of a notification, "running" when the
+     * guest starts.  NULL at the end.
+     */
+    const char *const *log;
 } DeviceTest;
 
 /*** No test may hang: each step has its name and its time ***/
@@ -118,6 +140,8 @@ static bool side_event(QTestState *qts, const char *name, QDict *event,
         side->stopped = true;
     } else if (g_str_equal(name, "RESUME")) {
         side->resumed = true;
+    } else if (g_str_equal(name, "WAKEUP")) {
+        side->woken = true;
     }
     return true;
 }
@@ -195,6 +219,19 @@ static void check_migration_status(Side *side, const char *status)
     g_assert_cmpstr(seen, ==, status);
 }
 
+/* Are the disks active, and thus locked? */
+static bool disks_active(Side *side)
+{
+    QDict *rsp, *node;
+    bool active;
+
+    rsp = qtest_qmp(side->qts, "{ 'execute': 'query-named-block-nodes' }");
+    node = qobject_to(QDict, qlist_peek(qdict_get_qlist(rsp, "return")));
+    active = qdict_get_bool(node, "active");
+    qobject_unref(rsp);
+    return active;
+}
+
 /* There must be an error, and it must contain @word if that is not NULL. */
 static void check_error_desc(Side *side, const char *word)
 {
@@ -211,6 +248,35 @@ static void check_error_desc(Side *side, const char *word)
                 word, desc);
     }
     qobject_unref(rsp);
+}
+
+static bool shows_downtime(Side *side)
+{
+    bool ret;
+    QDict *rsp;
+
+    step("query-migrate on the %s", side->name);
+    rsp = migrate_query(side->qts);
+    ret = qdict_haskey(rsp, "downtime");
+    qobject_unref(rsp);
+    return ret;
+}
+
+static void check_qmp_answers(Side *side)
+{
+    static const char *const commands[] = { "query-status", "query-migrate" };
+
+    for (int i = 0; i < ARRAY_SIZE(commands); i++) {
+        gint64 start = g_get_monotonic_time();
+        int ms;
+
+        step("%s on the %s", commands[i], side->name);
+        qtest_qmp_assert_success(side->qts, "{ 'execute': %s }", commands[i]);
+        ms = (g_get_monotonic_time() - start) / 1000;
+        g_test_message("the %s answered %s after %d ms", side->name,
+                       commands[i], ms);
+        g_assert_cmpint(ms, <, 1000);
+    }
 }
 
 static int count_migration_threads(Side *side)
@@ -245,6 +311,69 @@ static void wait_no_migration_threads(Side *side)
     }
 }
 
+/*** The log of the source ***/
+
+/* Values of MigrationEventType, see include/migration/misc.h */
+#define NOTIFY_SETUP    "notify 0"
+#define NOTIFY_DONE     "notify 1"
+#define NOTIFY_FAILED   "notify 2"
+
+static char *log_path(void)
+{
+    return g_strdup_printf("%s/src_log", migration_get_env()->tmpfs);
+}
+
+static char *log_opts(void)
+{
+    g_autofree char *path = log_path();
+
+    return g_strdup_printf("-D %s -trace migrate_set_state "
+                           "-trace migration_call_notifiers "
+                           "-trace runstate_set", path);
+}
+
+static char *log_parse_line(const char *line)
+{
+    char word[32];
+    const char *what;
+
+    what = strstr(line, "migrate_set_state ");
+    if (what && sscanf(what, "%*s new state %31s", word) == 1) {
+        return g_strdup(word);
+    }
+    what = strstr(line, "migration_call_notifiers ");
+    if (what && sscanf(what, "%*s type %31s", word) == 1) {
+        return g_strdup_printf("notify %s", word);
+    }
+    if (strstr(line, "runstate_set ") && g_str_has_suffix(line, "(running)")) {
+        return g_strdup("running");
+    }
+    return NULL;
+}
+
+static void check_log(const char *const *log)
+{
+    g_autofree char *path = log_path();
+    g_autofree char *text = NULL;
+    g_auto(GStrv) lines = NULL;
+
+    step("reading the log of the source");
+    g_assert(g_file_get_contents(path, &text, NULL, NULL));
+    lines = g_strsplit(text, "\n", -1);
+    for (int i = 0; lines[i]; i++) {
+        g_autofree char *seen = log_parse_line(lines[i]);
+
+        if (!seen) {
+            continue;
+        }
+        g_test_message("the source: %s", seen);
+        g_assert_cmpstr(seen, ==, *log);
+        log++;
+    }
+    g_assert_cmpstr(*log, ==, NULL);
+    unlink(path);
+}
+
 /*** The parts of a test ***/
 
 static bool has_bitmap(DeviceTest *t)
@@ -257,6 +386,7 @@ static void set_capabilities(DeviceTest *t, QTestState *qts)
     migrate_set_capability(qts, "postcopy-ram", !t->bitmap_only);
     migrate_set_capability(qts, "postcopy-preempt", t->preempt);
     migrate_set_capability(qts, "dirty-bitmaps", has_bitmap(t));
+    migrate_set_capability(qts, "late-block-activate", t->late_activate);
 }
 
 /*
@@ -335,13 +465,17 @@ static void device_test_migrate(DeviceTest *t, QTestState *dst)
     side_init(&t->dst, "destination", dst);
 
     migrate_prepare_for_dirty_mem(src);
-    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_PONG, PONG_HELD,
+    if (t->no_hold) {
+        fault_proxy_change_ping(t->proxy, PING_HOLD, PING_UNKNOWN);
+    }
+    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_PONG,
+                     t->no_hold ? PING_UNKNOWN : PONG_HELD,
                      FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
     migrate_qmp(src, dst, fault_proxy_uri(t->proxy), NULL, "{}");
     expect_statuses(&t->src, "setup", "active", NULL);
     expect_statuses(&t->dst, "active", NULL);
-    if (!t->bitmap_only) {
-        step("waiting for the destination to promise to hold the guest");
+    if (!t->bitmap_only && !t->tls) {
+        step("waiting for the destination to answer the request to hold");
         fault_proxy_wait(t->proxy);
     }
 
@@ -361,12 +495,19 @@ static bool device_test_start(DeviceTest *t, bool hide_stderr)
 {
     const char *opts = has_bitmap(t) ?
             "-blockdev null-co,node-name=node0,size=1099511627776" :
-        t->virtio ? VIRTIO_OPTS : NULL;
+        t->virtio ? VIRTIO_OPTS : "";
+    g_autofree char *log = t->log ? log_opts() : NULL;
+    g_autofree char *src_opts = g_strjoin(" ", opts, log, NULL);
+    g_autofree char *dst_opts = g_strconcat(opts, t->virtio_mismatch ?
+                                            ",num-queues=2" : "",
+                                            t->wait_for_cont ? " -S" : "",
+                                            NULL);
     MigrateStart args = {
         .hide_stderr = hide_stderr,
+        .suspend_me = t->suspended,
         .oob = t->oob,
-        .opts_source = opts,
-        .opts_target = t->virtio_mismatch ? VIRTIO_OPTS ",num-queues=2" : opts,
+        .opts_source = src_opts,
+        .opts_target = dst_opts,
     };
     struct sigaction timeout = { .sa_handler = step_timeout };
     g_autofree char *dst_path = NULL;
@@ -383,8 +524,15 @@ static bool device_test_start(DeviceTest *t, bool hide_stderr)
     t->proxy = fault_proxy_new(migration_get_env()->tmpfs, dst_path);
 
     set_parameters(t, src);
+#ifdef CONFIG_GNUTLS
+    if (t->tls) {
+        t->tls_data = migrate_hook_start_tls_psk_match(src, dst);
+        fault_proxy_set_opaque(t->proxy);
+    }
+#endif
     step("waiting for the guest to boot");
     wait_for_serial("src_serial");
+    wait_for_suspend(src, get_src());
     side_init(&t->src, "source", src);
     if (t->paused) {
         qtest_qmp_assert_success(src, "{ 'execute': 'stop' }");
@@ -402,6 +550,31 @@ static void device_test_start_postcopy(DeviceTest *t)
     expect_statuses(&t->src, "device", NULL);
 }
 
+static void cont(Side *side)
+{
+    step("cont on the %s", side->name);
+    qtest_qmp_assert_success(side->qts, "{ 'execute': 'cont' }");
+}
+
+/* A guest that wakes up boots again.  There is no event for that. */
+static void wake_up(Side *side)
+{
+    g_autofree char *path = g_strdup_printf("%s/src_serial",
+                                            migration_get_env()->tmpfs);
+    g_autofree char *serial = NULL;
+
+    step("waking up the guest on the %s", side->name);
+    qtest_qmp_assert_success(side->qts, "{ 'execute': 'system_wakeup' }");
+    while (!side->woken) {
+        side_wait_event(side);
+    }
+    do {
+        g_usleep(1000);
+        g_free(serial);
+        g_assert(g_file_get_contents(path, &serial, NULL, NULL));
+    } while (!strstr(serial, "ABAB"));
+}
+
 /* The source must have stopped migrating, and have the guest as it was. */
 static void expect_guest_back(DeviceTest *t)
 {
@@ -411,9 +584,13 @@ static void expect_guest_back(DeviceTest *t)
     if (t->paused) {
         check_runstate(src, false, "paused");
         g_assert_false(src->resumed);
-        qtest_qmp_assert_success(src->qts, "{ 'execute': 'cont' }");
+        cont(src);
     }
     expect_resume(src);
+    if (t->suspended) {
+        check_runstate(src, false, "suspended");
+        wake_up(src);
+    }
     check_runstate(src, true, "running");
 
     if (t->no_ram_left) {
@@ -451,14 +628,39 @@ static void expect_destination_fails(DeviceTest *t, const char *word)
     }
 }
 
+/* The source may send all of the RAM from here on. */
+static void expect_completed(DeviceTest *t)
+{
+    migrate_set_parameter_int(t->src.qts, "max-postcopy-bandwidth", 0);
+    expect_statuses(&t->dst, "completed", NULL);
+    expect_statuses(&t->src, "completed", NULL);
+}
+
 static void device_test_quit(DeviceTest *t, bool check_dst)
 {
     step("ending the test");
     fault_proxy_free(t->proxy);
+#ifdef CONFIG_GNUTLS
+    if (t->tls) {
+        migrate_hook_end_tls_psk(t->src.qts, t->dst.qts, t->tls_data);
+    }
+#endif
     migrate_end(t->src.qts, t->dst.qts, check_dst);
+    if (t->log) {
+        check_log(t->log);
+    }
     g_queue_clear_full(&t->src.statuses, g_free);
     g_queue_clear_full(&t->dst.statuses, g_free);
     alarm(0);
+}
+
+/* Nothing is in the way any longer, and nothing has happened so far. */
+static void expect_success(DeviceTest *t)
+{
+    expect_statuses(&t->src, "postcopy-active", NULL);
+    expect_statuses(&t->dst, "postcopy-device", "postcopy-active", NULL);
+    expect_completed(t);
+    expect_resume(&t->dst);
 }
 
 /* The guest must run on the destination, and only there. */
@@ -480,9 +682,9 @@ static void end_on_source(DeviceTest *t)
 
 /*** Success ***/
 
-static void complete_migration(DeviceTest *t)
+/* Have the proxy keep the source waiting, and the destination loaded. */
+static void hold_pong(DeviceTest *t)
 {
-    /* It is not postcopy-active before the destination says so */
     fault_proxy_trap(t->proxy, FAULT_PROXY_BEFORE_PONG, PING_LOADED,
                      FAULT_PROXY_FORWARD, FAULT_PROXY_HOLD);
     device_test_start_postcopy(t);
@@ -490,16 +692,25 @@ static void complete_migration(DeviceTest *t)
     expect_statuses(&t->dst, "postcopy-device", NULL);
     step("waiting for the destination to load the device state");
     fault_proxy_wait(t->proxy);
+    /* It is not postcopy-active before the destination says so */
     check_migration_status(&t->src, "postcopy-device");
     check_runstate(&t->src, false, "finish-migrate");
+}
 
+static void release_pong(DeviceTest *t)
+{
     fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
     expect_statuses(&t->src, "postcopy-active", NULL);
-    migrate_set_parameter_int(t->src.qts, "max-postcopy-bandwidth", 0);
-    expect_statuses(&t->dst, "postcopy-active", "completed", NULL);
-    expect_statuses(&t->src, "completed", NULL);
+    expect_statuses(&t->dst, "postcopy-active", NULL);
+    expect_completed(t);
     expect_resume(&t->dst);
     check_runstate(&t->dst, true, "running");
+}
+
+static void complete_migration(DeviceTest *t)
+{
+    hold_pong(t);
+    release_pong(t);
 }
 
 static void run_success(DeviceTest *t)
@@ -544,14 +755,10 @@ static void run_success_page_fault(DeviceTest *t)
     step("waiting for the destination to ask for a page");
     fault_proxy_wait(t->proxy);
     check_migration_status(&t->src, "postcopy-device");
+    check_qmp_answers(&t->src);
 
     fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
-    expect_statuses(&t->src, "postcopy-active", NULL);
-    migrate_set_parameter_int(t->src.qts, "max-postcopy-bandwidth", 0);
-    expect_statuses(&t->dst, "postcopy-device", "postcopy-active", "completed",
-                    NULL);
-    expect_statuses(&t->src, "completed", NULL);
-    expect_resume(&t->dst);
+    expect_success(t);
     end_on_destination(t);
 }
 
@@ -563,6 +770,84 @@ static void test_success_page_fault(void)
 static void test_success_page_fault_preempt(void)
 {
     run_success_page_fault(&(DeviceTest) { .virtio = true, .preempt = true });
+}
+
+static void test_late_activate(void)
+{
+    DeviceTest t = { .late_activate = true };
+
+    if (!device_test_start(&t, false)) {
+        return;
+    }
+    hold_pong(&t);
+    g_assert_false(disks_active(&t.dst));
+    release_pong(&t);
+    g_assert(disks_active(&t.dst));
+    end_on_destination(&t);
+}
+
+/* Management may say 'cont' at any time. */
+static void run_cont(DeviceTest *t, bool early)
+{
+    t->wait_for_cont = true;
+    if (!device_test_start(t, false)) {
+        return;
+    }
+    hold_pong(t);
+    if (early) {
+        cont(&t->dst);
+    }
+    check_runstate(&t->dst, false, "inmigrate");
+    g_assert_false(t->dst.resumed);
+    g_assert(disks_active(&t->dst) != t->late_activate);
+
+    fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    expect_statuses(&t->src, "postcopy-active", NULL);
+    expect_statuses(&t->dst, "postcopy-active", NULL);
+    if (!early) {
+        check_runstate(&t->dst, false, "paused");
+        g_assert_false(t->dst.resumed);
+        g_assert(disks_active(&t->dst) != t->late_activate);
+        cont(&t->dst);
+    }
+    expect_resume(&t->dst);
+    g_assert(disks_active(&t->dst));
+
+    expect_completed(t);
+    end_on_destination(t);
+}
+
+static void test_cont_before_start(void)
+{
+    run_cont(&(DeviceTest) { }, true);
+}
+
+static void test_cont_behind_start(void)
+{
+    run_cont(&(DeviceTest) { }, false);
+}
+
+static void test_cont_late_activate(void)
+{
+    run_cont(&(DeviceTest) { .late_activate = true }, false);
+}
+
+/* What is reported as downtime is no less than what the guest has seen. */
+static void test_downtime(void)
+{
+    DeviceTest t = { };
+
+    if (!device_test_start(&t, false)) {
+        return;
+    }
+    hold_pong(&t);
+    /* The guest has stopped: from here it stands still for so long */
+    g_usleep(2 * G_USEC_PER_SEC);
+    g_assert_false(shows_downtime(&t.src));
+    release_pong(&t);
+    g_assert(shows_downtime(&t.src));
+    g_assert_cmpint(read_migrate_property_int(t.src.qts, "downtime"), >=, 2000);
+    end_on_destination(&t);
 }
 
 /*
@@ -641,6 +926,11 @@ static void test_cut_in_package_paused(void)
     run_cut(&(DeviceTest) { .paused = true }, FAULT_PROXY_IN_PACKAGE, 100);
 }
 
+static void test_cut_in_package_suspended(void)
+{
+    run_cut(&(DeviceTest) { .suspended = true }, FAULT_PROXY_IN_PACKAGE, 100);
+}
+
 /*
  * The source cannot tell whether the destination has loaded everything, so it
  * takes the guest back.  What the destination does depends on whether it has;
@@ -684,8 +974,70 @@ static void test_cut_page_fault_no_exit(void)
     end_on_source(&t);
 }
 
-/* Nothing moves, nothing breaks: only the user can end it. */
-static void test_yank(void)
+/*** Nothing moves, nothing breaks ***/
+
+/* Both sides must answer, and go on as if nothing had been. */
+static void run_stall(FaultProxyPoint point, uint32_t value)
+{
+    DeviceTest t = { };
+
+    if (!device_test_start(&t, false)) {
+        return;
+    }
+    fault_proxy_trap(t.proxy, point, value, FAULT_PROXY_STALL,
+                     FAULT_PROXY_STALL);
+    device_test_start_postcopy(&t);
+    expect_statuses(&t.src, "postcopy-device", NULL);
+    step("waiting for the link to be stalled");
+    fault_proxy_wait(t.proxy);
+    check_qmp_answers(&t.src);
+    check_qmp_answers(&t.dst);
+
+    fault_proxy_set_mode(t.proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    expect_success(&t);
+    end_on_destination(&t);
+}
+
+static void test_stall_in_package(void)
+{
+    run_stall(FAULT_PROXY_IN_PACKAGE, 100);
+}
+
+static void test_stall_before_pong(void)
+{
+    run_stall(FAULT_PROXY_BEFORE_PONG, PING_LOADED);
+}
+
+static void test_stall_frozen(void)
+{
+    DeviceTest t = { };
+
+    if (!device_test_start(&t, false)) {
+        return;
+    }
+    step("freezing the destination");
+    kill(qtest_pid(t.dst.qts), SIGSTOP);
+    device_test_start_postcopy(&t);
+    expect_statuses(&t.src, "postcopy-device", NULL);
+    check_qmp_answers(&t.src);
+
+    kill(qtest_pid(t.dst.qts), SIGCONT);
+    expect_success(&t);
+    end_on_destination(&t);
+}
+
+#define YANK_MIGRATION \
+    "'id': 'yank', 'arguments': { 'instances': [ { 'type': 'migration' } ] } }"
+
+static void yank(Side *side, bool oob)
+{
+    step("yank on the %s", side->name);
+    qtest_qmp_assert_success(side->qts, oob ?
+                             "{ 'exec-oob': 'yank', " YANK_MIGRATION :
+                             "{ 'execute': 'yank', " YANK_MIGRATION);
+}
+
+static void test_yank_source(void)
 {
     DeviceTest t = { };
 
@@ -699,14 +1051,52 @@ static void test_yank(void)
     step("waiting for the package");
     fault_proxy_wait(t.proxy);
     check_migration_status(&t.src, "postcopy-device");
-    step("yank");
-    qtest_qmp_assert_success(t.src.qts,
-                             "{ 'execute': 'yank', 'arguments': {"
-                             "  'instances': [ { 'type': 'migration' } ] } }");
+    yank(&t.src, false);
     expect_source_resumes(&t);
     fault_proxy_cut(t.proxy);
     expect_destination_fails(&t, NULL);
     end_on_source(&t);
+}
+
+static void run_yank_destination(DeviceTest *t, FaultProxyPoint point)
+{
+    t->no_exit = true;
+    t->oob = true;
+    if (!device_test_start(t, true)) {
+        return;
+    }
+    fault_proxy_trap(t->proxy, point, 100, FAULT_PROXY_HOLD,
+                     FAULT_PROXY_FORWARD);
+    device_test_start_postcopy(t);
+    expect_statuses(&t->src, "postcopy-device", NULL);
+    step("waiting for the destination to wait");
+    fault_proxy_wait(t->proxy);
+    if (t->virtio) {
+        expect_statuses(&t->dst, "postcopy-device", NULL);
+    }
+    yank(&t->dst, t->virtio);
+    expect_destination_fails(t, NULL);
+    expect_source_resumes(t);
+    end_on_source(t);
+}
+
+/* It is in the middle of a read. */
+static void test_yank_read(void)
+{
+    run_yank_destination(&(DeviceTest) { }, FAULT_PROXY_IN_PACKAGE);
+}
+
+/* Its main loop waits for a page: only out-of-band commands are answered. */
+static void test_yank_page_fault(void)
+{
+    run_yank_destination(&(DeviceTest) { .virtio = true },
+                         FAULT_PROXY_BEHIND_REQ_PAGES);
+}
+
+static void test_yank_page_fault_preempt(void)
+{
+    run_yank_destination(&(DeviceTest) { .virtio = true, .preempt = true },
+                         FAULT_PROXY_BEHIND_REQ_PAGES);
 }
 
 /*** The destination dies ***/
@@ -817,11 +1207,21 @@ static void test_load_error_mismatch(void)
 
 /*** One owner: the destination has the guest when the source says so ***/
 
+static void expect_destination_waits(DeviceTest *t)
+{
+    check_runstate(&t->dst, false, "inmigrate");
+    g_assert_false(t->dst.resumed);
+    /* There is no event for it, and the status has changed before */
+    step("waiting for the destination to let go of its disks");
+    while (disks_active(&t->dst)) {
+        g_usleep(1000);
+    }
+}
+
 static void expect_destination_in_doubt(DeviceTest *t)
 {
     expect_statuses(&t->dst, "postcopy-device", "postcopy-paused", NULL);
-    check_runstate(&t->dst, false, NULL);
-    g_assert_false(t->dst.resumed);
+    expect_destination_waits(t);
 }
 
 static void run_cut_before_pong(DeviceTest *t)
@@ -837,6 +1237,26 @@ static void run_cut_before_pong(DeviceTest *t)
 static void test_cut_before_pong(void)
 {
     run_cut_before_pong(&(DeviceTest) { });
+}
+
+static void test_cut_before_pong_late_activate(void)
+{
+    run_cut_before_pong(&(DeviceTest) { .late_activate = true });
+}
+
+/* The user has said that the guest may run, but the source has not. */
+static void test_cut_before_pong_cont(void)
+{
+    DeviceTest t = { .wait_for_cont = true };
+
+    if (!device_test_start(&t, true)) {
+        return;
+    }
+    cut_link(&t, FAULT_PROXY_BEFORE_PONG, PING_LOADED);
+    expect_destination_in_doubt(&t);
+    cont(&t.dst);
+    expect_destination_waits(&t);
+    end_on_source(&t);
 }
 
 static void test_cut_before_pong_preempt(void)
@@ -857,16 +1277,29 @@ static void recover(DeviceTest *t)
                                            migration_get_env()->tmpfs);
 
     step("recovering");
-    migrate_set_parameter_int(t->src.qts, "max-postcopy-bandwidth", 0);
     migrate_recover(t->dst.qts, uri);
     migrate_qmp(t->src.qts, t->dst.qts, fault_proxy_uri(t->proxy), NULL,
                 "{ 'resume': true }");
     expect_statuses(&t->src, "postcopy-recover-setup", "postcopy-recover",
-                    "postcopy-active", "completed", NULL);
+                    "postcopy-active", NULL);
+    expect_statuses(&t->dst, "postcopy-recover", "postcopy-device", NULL);
+}
+
+/* START is on its way, but does not arrive. */
+static void cut_before_start(DeviceTest *t)
+{
+    step("waiting for the link to be held");
+    fault_proxy_wait(t->proxy);
+    fault_proxy_cut(t->proxy);
+    expect_statuses(&t->src, "postcopy-paused", NULL);
+    expect_statuses(&t->dst, "postcopy-paused", NULL);
+    expect_destination_waits(t);
+    check_runstate(&t->src, false, NULL);
+    g_assert_false(t->src.resumed);
 }
 
 /* The source has let go of the guest, but the destination has not heard it. */
-static void run_cut_behind_pong(DeviceTest *t)
+static void run_cut_behind_pong(DeviceTest *t, bool twice)
 {
     if (!device_test_start(t, true)) {
         return;
@@ -875,28 +1308,41 @@ static void run_cut_behind_pong(DeviceTest *t)
                      FAULT_PROXY_HOLD, FAULT_PROXY_HOLD);
     device_test_start_postcopy(t);
     expect_statuses(&t->src, "postcopy-device", "postcopy-active", NULL);
-    fault_proxy_wait(t->proxy);
-    fault_proxy_cut(t->proxy);
-    expect_statuses(&t->src, "postcopy-paused", NULL);
-    expect_destination_in_doubt(t);
-    check_runstate(&t->src, false, NULL);
-    g_assert_false(t->src.resumed);
+    expect_statuses(&t->dst, "postcopy-device", NULL);
+    cut_before_start(t);
+
+    if (twice) {
+        fault_proxy_trap(t->proxy, FAULT_PROXY_BEFORE_PING, PING_START,
+                         FAULT_PROXY_HOLD, FAULT_PROXY_HOLD);
+        recover(t);
+        cut_before_start(t);
+    }
 
     recover(t);
-    expect_statuses(&t->dst, "postcopy-recover", "postcopy-device",
-                    "postcopy-active", "completed", NULL);
+    expect_statuses(&t->dst, "postcopy-active", NULL);
+    expect_completed(t);
     expect_resume(&t->dst);
     end_on_destination(t);
 }
 
 static void test_cut_behind_pong(void)
 {
-    run_cut_behind_pong(&(DeviceTest) { .oob = true });
+    run_cut_behind_pong(&(DeviceTest) { .oob = true }, false);
 }
 
 static void test_cut_behind_pong_preempt(void)
 {
-    run_cut_behind_pong(&(DeviceTest) { .oob = true, .preempt = true });
+    run_cut_behind_pong(&(DeviceTest) { .oob = true, .preempt = true }, false);
+}
+
+static void test_cut_behind_pong_twice(void)
+{
+    run_cut_behind_pong(&(DeviceTest) { .oob = true }, true);
+}
+
+static void test_cut_behind_pong_twice_preempt(void)
+{
+    run_cut_behind_pong(&(DeviceTest) { .oob = true, .preempt = true }, true);
 }
 
 /* Everything has arrived, but the source does not know that. */
@@ -985,6 +1431,211 @@ static void test_cancel_before_pong_preempt(void)
     run_cancel_before_pong(&(DeviceTest) { .preempt = true });
 }
 
+/*** Notifications ***/
+
+#ifdef CONFIG_TRACE_LOG
+static void test_notify_success(void)
+{
+    static const char *const log[] = {
+        "running", "setup", NOTIFY_SETUP, "active", "device", "postcopy-device",
+        "postcopy-active", NOTIFY_DONE, "completed", NULL
+    };
+
+    run_success(&(DeviceTest) { .log = log });
+}
+
+static void test_notify_cut(void)
+{
+    static const char *const log[] = {
+        "running", "setup", NOTIFY_SETUP, "active", "device", "postcopy-device",
+        "failed", NOTIFY_FAILED, "running", NULL
+    };
+
+    run_cut(&(DeviceTest) { .log = log }, FAULT_PROXY_IN_PACKAGE, 100);
+}
+
+static void test_notify_cancel(void)
+{
+    static const char *const log[] = {
+        "running", "setup", NOTIFY_SETUP, "active", "device", "postcopy-device",
+        "cancelling", NOTIFY_FAILED, "running", "cancelled", NULL
+    };
+
+    run_cancel_before_pong(&(DeviceTest) { .log = log });
+}
+
+static void test_notify_recover(void)
+{
+    static const char *const log[] = {
+        "running", "setup", NOTIFY_SETUP, "active", "device", "postcopy-device",
+        "postcopy-active", NOTIFY_DONE, "postcopy-paused",
+        "postcopy-recover-setup", "postcopy-recover", "postcopy-active",
+        "completed", NULL
+    };
+
+    run_cut_behind_pong(&(DeviceTest) { .oob = true, .log = log }, false);
+}
+#endif
+
+/* The guest may run there already, so it must not be given back. */
+static void test_cancel_no_hold(void)
+{
+    DeviceTest t = { .no_hold = true };
+    const char *desc;
+    QDict *error;
+
+    if (!device_test_start(&t, false)) {
+        return;
+    }
+    hold_pong(&t);
+    expect_statuses(&t.dst, "postcopy-active", NULL);
+    expect_resume(&t.dst);
+
+    step("cancelling");
+    error = qtest_qmp_assert_failure_ref(t.src.qts,
+                                         "{ 'execute': 'migrate_cancel' }");
+    desc = qdict_get_str(error, "desc");
+    g_test_message("source: %s", desc);
+    g_assert(strstr(desc, "stopping it"));
+    g_assert(strstr(desc, "yank"));
+    qobject_unref(error);
+    check_migration_status(&t.src, "postcopy-device");
+    check_runstate(&t.src, false, "finish-migrate");
+
+    fault_proxy_set_mode(t.proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    expect_statuses(&t.src, "postcopy-active", NULL);
+    expect_completed(&t);
+    end_on_destination(&t);
+}
+
+/* The source is gone before it has told the destination to start. */
+static void run_quit(FaultProxyPoint point, uint32_t value)
+{
+    DeviceTest t = { .no_exit = true };
+    gint64 start;
+
+    if (!device_test_start(&t, true)) {
+        return;
+    }
+    fault_proxy_trap(t.proxy, point, value, FAULT_PROXY_STALL,
+                     FAULT_PROXY_STALL);
+    device_test_start_postcopy(&t);
+    expect_statuses(&t.src, "postcopy-device", NULL);
+    step("waiting for the link to be stalled");
+    fault_proxy_wait(t.proxy);
+
+    step("quitting the source");
+    start = g_get_monotonic_time();
+    qtest_qmp_assert_success(t.src.qts, "{ 'execute': 'quit' }");
+    qtest_wait_qemu(t.src.qts);
+    g_test_message("the source needed %d ms to end",
+                   (int)(g_get_monotonic_time() - start) / 1000);
+    g_assert_cmpint(g_get_monotonic_time() - start, <, 5 * G_USEC_PER_SEC);
+
+    /* Let the destination know */
+    fault_proxy_cut(t.proxy);
+    if (point == FAULT_PROXY_IN_PACKAGE) {
+        expect_destination_fails(&t, NULL);
+    } else {
+        expect_destination_in_doubt(&t);
+    }
+    device_test_quit(&t, false);
+}
+
+static void test_quit_in_package(void)
+{
+    run_quit(FAULT_PROXY_IN_PACKAGE, 100);
+}
+
+static void test_quit_before_pong(void)
+{
+    run_quit(FAULT_PROXY_BEFORE_PONG, PING_LOADED);
+}
+
+/*** TLS ***/
+
+#ifdef CONFIG_GNUTLS
+static void run_tls_success(DeviceTest *t)
+{
+    t->tls = true;
+    if (!device_test_start(t, false)) {
+        return;
+    }
+    device_test_start_postcopy(t);
+    expect_statuses(&t->src, "postcopy-device", NULL);
+    expect_success(t);
+    end_on_destination(t);
+}
+
+static void test_tls_success(void)
+{
+    run_tls_success(&(DeviceTest) { });
+}
+
+static void test_tls_success_preempt(void)
+{
+    run_tls_success(&(DeviceTest) { .preempt = true });
+}
+
+/* The destination waits for the package, the source for the PONG. */
+static void test_tls_cut_package(void)
+{
+    DeviceTest t = { .tls = true };
+
+    if (!device_test_start(&t, true)) {
+        return;
+    }
+    fault_proxy_set_mode(t.proxy, FAULT_PROXY_HOLD, FAULT_PROXY_FORWARD);
+    device_test_start_postcopy(&t);
+    expect_statuses(&t.src, "postcopy-device", NULL);
+    check_migration_status(&t.src, "postcopy-device");
+    fault_proxy_cut(t.proxy);
+    expect_source_resumes(&t);
+    expect_destination_fails(&t, NULL);
+    end_on_source(&t);
+}
+
+
+/* The destination has loaded everything, and cannot say so. */
+static void test_tls_cut_pong(void)
+{
+    DeviceTest t = { .tls = true };
+
+    if (!device_test_start(&t, true)) {
+        return;
+    }
+    fault_proxy_set_mode(t.proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_HOLD);
+    device_test_start_postcopy(&t);
+    expect_statuses(&t.src, "postcopy-device", NULL);
+    step("waiting for the destination to load the device state");
+    while (!disks_active(&t.dst)) {
+        g_usleep(1000);
+    }
+    check_migration_status(&t.src, "postcopy-device");
+    fault_proxy_cut(t.proxy);
+    expect_source_resumes(&t);
+    expect_destination_in_doubt(&t);
+    end_on_source(&t);
+}
+
+static void test_tls_yank(void)
+{
+    DeviceTest t = { .tls = true };
+
+    if (!device_test_start(&t, true)) {
+        return;
+    }
+    fault_proxy_set_mode(t.proxy, FAULT_PROXY_HOLD, FAULT_PROXY_HOLD);
+    device_test_start_postcopy(&t);
+    expect_statuses(&t.src, "postcopy-device", NULL);
+    yank(&t.src, false);
+    expect_source_resumes(&t);
+    fault_proxy_cut(t.proxy);
+    expect_destination_fails(&t, NULL);
+    end_on_source(&t);
+}
+#endif
+
 /*** And then ***/
 
 static void run_retry(DeviceTest *t)
@@ -1017,6 +1668,20 @@ static void test_retry_preempt(void)
 {
     run_retry(&(DeviceTest) { .preempt = true });
 }
+
+#ifdef CONFIG_TRACE_LOG
+static void test_notify_retry(void)
+{
+    static const char *const log[] = {
+        "running", "setup", NOTIFY_SETUP, "active", "device", "postcopy-device",
+        "failed", NOTIFY_FAILED, "running",
+        "setup", NOTIFY_SETUP, "active", "device", "postcopy-device",
+        "postcopy-active", NOTIFY_DONE, "completed", NULL
+    };
+
+    run_retry(&(DeviceTest) { .log = log });
+}
+#endif
 
 static void test_cancel_before_switchover(void)
 {
@@ -1072,17 +1737,61 @@ void migration_test_add_postcopy_device(MigrationTestEnv *env)
                        test_cancel_frozen);
     migration_test_add("/migration/postcopy-device/cancel/frozen/paused",
                        test_cancel_frozen_paused);
+    migration_test_add("/migration/postcopy-device/cancel/no-hold",
+                       test_cancel_no_hold);
     migration_test_add("/migration/postcopy-device/cancel/before-pong",
                        test_cancel_before_pong);
-    migration_test_add("/migration/postcopy-device/yank", test_yank);
+    migration_test_add("/migration/postcopy-device/yank/source",
+                       test_yank_source);
+    migration_test_add("/migration/postcopy-device/yank/read", test_yank_read);
+    migration_test_add("/migration/postcopy-device/stall/in-package",
+                       test_stall_in_package);
+    migration_test_add("/migration/postcopy-device/stall/before-pong",
+                       test_stall_before_pong);
+    migration_test_add("/migration/postcopy-device/stall/frozen",
+                       test_stall_frozen);
     migration_test_add("/migration/postcopy-device/retry", test_retry);
+    migration_test_add("/migration/postcopy-device/downtime", test_downtime);
+
+    migration_test_add("/migration/postcopy-device/quit/in-package",
+                       test_quit_in_package);
+    migration_test_add("/migration/postcopy-device/quit/before-pong",
+                       test_quit_before_pong);
+
+    migration_test_add("/migration/postcopy-device/cont/before-start",
+                       test_cont_before_start);
+    migration_test_add("/migration/postcopy-device/cont/behind-start",
+                       test_cont_behind_start);
+    migration_test_add("/migration/postcopy-device/cont/late-activate",
+                       test_cont_late_activate);
+    migration_test_add("/migration/postcopy-device/cont/cut",
+                       test_cut_before_pong_cont);
+    migration_test_add("/migration/postcopy-device/late-activate/plain",
+                       test_late_activate);
+    migration_test_add("/migration/postcopy-device/late-activate/cut",
+                       test_cut_before_pong_late_activate);
+
+#ifdef CONFIG_TRACE_LOG
+    migration_test_add("/migration/postcopy-device/notify/success",
+                       test_notify_success);
+    migration_test_add("/migration/postcopy-device/notify/cut",
+                       test_notify_cut);
+    migration_test_add("/migration/postcopy-device/notify/cancel",
+                       test_notify_cancel);
+    migration_test_add("/migration/postcopy-device/notify/recover",
+                       test_notify_recover);
+    migration_test_add("/migration/postcopy-device/notify/retry",
+                       test_notify_retry);
+#endif
 
     migration_test_add("/migration/postcopy-device/cut/before-package",
                        test_cut_before_package);
     migration_test_add("/migration/postcopy-device/cut/behind-package",
                        test_cut_behind_package);
-    migration_test_add("/migration/postcopy-device/cut/behind-pong",
+    migration_test_add("/migration/postcopy-device/cut/behind-pong/plain",
                        test_cut_behind_pong);
+    migration_test_add("/migration/postcopy-device/cut/behind-pong/twice",
+                       test_cut_behind_pong_twice);
     migration_test_add("/migration/postcopy-device/cut/before-shut",
                        test_cut_before_shut);
     migration_test_add("/migration/postcopy-device/cut/in-package/paused",
@@ -1118,8 +1827,12 @@ void migration_test_add_postcopy_device(MigrationTestEnv *env)
                        test_cut_in_package_preempt);
     migration_test_add("/migration/postcopy-device/preempt/cut/before-pong",
                        test_cut_before_pong_preempt);
-    migration_test_add("/migration/postcopy-device/preempt/cut/behind-pong",
-                       test_cut_behind_pong_preempt);
+    migration_test_add(
+        "/migration/postcopy-device/preempt/cut/behind-pong/plain",
+        test_cut_behind_pong_preempt);
+    migration_test_add(
+        "/migration/postcopy-device/preempt/cut/behind-pong/twice",
+        test_cut_behind_pong_twice_preempt);
     migration_test_add("/migration/postcopy-device/preempt/cancel",
                        test_cancel_before_pong_preempt);
     migration_test_add("/migration/postcopy-device/preempt/kill",
@@ -1129,7 +1842,22 @@ void migration_test_add_postcopy_device(MigrationTestEnv *env)
     migration_test_add("/migration/postcopy-device/preempt/load-error/no-exit",
                        test_load_error_no_exit_preempt);
 
+#ifdef CONFIG_GNUTLS
+    migration_test_add("/migration/postcopy-device/tls/plain",
+                       test_tls_success);
+    migration_test_add("/migration/postcopy-device/tls/cut/package",
+                       test_tls_cut_package);
+    migration_test_add("/migration/postcopy-device/tls/cut/pong",
+                       test_tls_cut_pong);
+    migration_test_add("/migration/postcopy-device/tls/yank", test_tls_yank);
+    migration_test_add("/migration/postcopy-device/tls/preempt",
+                       test_tls_success_preempt);
+#endif
+
     if (env->is_x86) {
+        migration_test_add(
+            "/migration/postcopy-device/cut/in-package/suspended",
+            test_cut_in_package_suspended);
         migration_test_add("/migration/postcopy-device/load-error/mismatch",
                            test_load_error_mismatch);
         migration_test_add("/migration/postcopy-device/page-fault/plain",
@@ -1138,6 +1866,10 @@ void migration_test_add_postcopy_device(MigrationTestEnv *env)
                            test_success_page_fault_preempt);
         migration_test_add("/migration/postcopy-device/page-fault/kill",
                            test_kill_page_fault);
+        migration_test_add("/migration/postcopy-device/page-fault/yank/plain",
+                           test_yank_page_fault);
+        migration_test_add("/migration/postcopy-device/page-fault/yank/preempt",
+                           test_yank_page_fault_preempt);
         migration_test_add("/migration/postcopy-device/page-fault/cut/plain",
                            test_cut_page_fault);
         migration_test_add("/migration/postcopy-device/page-fault/cut/no-exit",
