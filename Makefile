@@ -12,6 +12,9 @@ all:
 demo: all
 	@scripts/demo
 
+bench: all
+	@scripts/bench
+
 check:
 	-@scripts/install-deps
 	@scripts/check
@@ -19,10 +22,27 @@ check:
 check-series:
 	@scripts/check-series
 
+check-model:
+	@scripts/check-model
+
+check-sanitizers: all
+	@scripts/check-sanitizers full
+
+check-libvirt: all
+	@scripts/check-libvirt || [ $$? = 77 ]
+
+check-interop: all
+	@scripts/check-interop || [ $$? = 77 ]
+
+check-debian:
+	-@scripts/install-deps debootstrap
+	@scripts/check-debian build || [ $$? = 77 ]
+
 export:
 	@scripts/export-series
 
 help:
 	@scripts/help
 
-.PHONY: all demo check check-series export help
+.PHONY: all demo bench check check-series check-model check-sanitizers \
+	check-libvirt check-interop check-debian export help

@@ -2,9 +2,10 @@
  * Guest of the tests: a boot sector.  Fills one region of memory with a
  * pseudo-random pattern, says 'A' on the serial port, then for ever adds one
  * to a counter in each page of another region, and says 'B' now and then.
+ * With IDLE, does nothing after the first 'B'.
  *
  * twoqemu.py defines PATTERN, PATTERN_SIZE, COUNTERS, COUNTERS_SIZE (physical
- * addresses and bytes), and MUL and ADD of the pattern's generator.
+ * addresses and bytes), MUL and ADD of the pattern's generator, and IDLE.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -55,6 +56,9 @@ page:
         jb      page
         loop    pass
         outb    %al, %dx
+        .if     IDLE
+        hlt
+        .endif
         jmp     again
 
         .balign 8

@@ -27,7 +27,7 @@ MIB = 1 << 20
 GUEST = {
     'PATTERN': 16 * MIB, 'PATTERN_SIZE': 32 * MIB,
     'COUNTERS': 64 * MIB, 'COUNTERS_SIZE': 64 * MIB,
-    'MUL': 1664525, 'ADD': 1013904223,
+    'MUL': 1664525, 'ADD': 1013904223, 'IDLE': 0,
 }
 
 ENDS = ('completed', 'failed', 'cancelled', 'postcopy-paused')
@@ -39,9 +39,10 @@ class Fault(Exception):
     """What makes a test a failed one"""
 
 
-def parse_args(parser):
+def parse_args(parser, **qemu):
     """Adds the options that every such test has."""
-    parser.add_argument('--qemu', required=True, help='the QEMU to test')
+    parser.add_argument('--qemu', required=True,
+                        **{'help': 'the QEMU to test', **qemu})
     parser.add_argument('--src', required=True,
                         help='its sources, for the Python packages in them')
     opts = parser.parse_args()
@@ -127,10 +128,45 @@ class Relay:
             link.source_end.sendall(data)
 
 
+# Messages of the destination (MIG_RP_MSG_* in migration.c)
+PONG, REQ_PAGES_ID, REQ_PAGES = 2, 3, 4
+
+
+def page_wanted(kind, _body):
+    """It asks for a page."""
+    return kind in (REQ_PAGES_ID, REQ_PAGES)
+
+
+def loaded(kind, body):
+    """It reports that it has loaded the devices."""
+    return (kind, body) == (PONG, struct.pack('>I', 0x42))
+
+
+class Withhold(Relay):
+    """
+    Withholds the destination's first message for which WANTED(kind, body) is
+    true, and all that the destination sends after that.
+    """
+    def __init__(self, path, destination, wanted):
+        self.wanted = wanted
+        self.reached = threading.Event()
+        super().__init__(path, destination)
+
+    def back(self, link):
+        stream = link.destination_end.makefile('rb')
+        while len(header := stream.read(4)) == 4:
+            kind, length = struct.unpack('>HH', header)
+            body = stream.read(length)
+            if self.wanted(kind, body):
+                self.reached.set()
+            if not self.reached.is_set():
+                link.source_end.sendall(header + body)
+
+
 class Side:
     """One QEMU, and what was seen of it: REPORT has (time, kind, what)."""
 
-    def __init__(self, name, tmp, qemu, args):
+    def __init__(self, name, tmp, qemu, args, wrapper=()):
         # pylint: disable=import-outside-toplevel
         from qemu.machine import QEMUMachine
         self.name, self.tmp = name, tmp
@@ -138,7 +174,8 @@ class Side:
         self.exited = threading.Event()
         # setpriv: even if this program is killed, no QEMU is left behind.
         self.vm = QEMUMachine(qemu, args, name=name, base_temp_dir=tmp,
-                              wrapper=('setpriv', '--pdeathsig', 'KILL'))
+                              wrapper=('setpriv', '--pdeathsig', 'KILL',
+                                       *wrapper))
         self.vm.set_console()
         self.log = os.path.join(self.vm.log_dir, name + '.log')
 
@@ -246,9 +283,9 @@ class Side:
                 break
 
 
-def guest_args(image):
+def guest_args(image, mib=256):
     """The options of a QEMU with the guest"""
-    return ['-nodefaults', '-accel', 'tcg', '-m', '256',
+    return ['-nodefaults', '-accel', 'tcg', '-m', str(mib),
             '-drive', f'if=none,id=disk,format=raw,file={image}',
             '-device', 'virtio-blk-pci,drive=disk']
 
@@ -259,14 +296,15 @@ def await_guest(side):
     side.await_serial(b'B')
 
 
-def start_migration(source, destination, uri, sent, **incoming):
-    """Migrate to URI until SENT bytes are on their way, then ask for postcopy.
+def start_migration(source, destination, target, sent, **incoming):
+    """Migrate to TARGET until SENT bytes are on their way, then ask for postcopy.
 
-    The destination listens at unix:TMP/incoming.
+    The destination listens at unix:TMP/incoming if INCOMING has no uri.
     """
-    destination.vm.cmd('migrate-incoming', **incoming, uri='unix:' +
-                       os.path.join(destination.tmp, 'incoming'))
-    source.vm.cmd('migrate', uri=uri)
+    incoming.setdefault('uri', 'unix:' +
+                        os.path.join(destination.tmp, 'incoming'))
+    destination.vm.cmd('migrate-incoming', **incoming)
+    source.vm.cmd('migrate', uri=target)
     while (source.vm.cmd('query-migrate').get('ram', {})
            .get('transferred', 0) < sent):
         if source.next_event(0.05) in ENDS:
@@ -332,13 +370,14 @@ def timeline(start, source, destination, notes=(), paused=False):
                     for line in side.output()]
 
 
-def build_guest(tmp):
-    """Returns the disk with the guest, and the hash of the guest's pattern."""
+def assemble_guest(image, **changes):
+    """Make the disk IMAGE with the guest; CHANGES are to GUEST."""
     guest = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'guest.S')
-    obj, image = os.path.join(tmp, 'guest.o'), os.path.join(tmp, 'guest.img')
+    obj = image + '.o'
     try:
         subprocess.run(['as', '--32', '-o', obj, guest] +
-                       [f'--defsym={name}={GUEST[name]}' for name in GUEST],
+                       [f'--defsym={name}={value}'
+                        for name, value in {**GUEST, **changes}.items()],
                        check=True)
         subprocess.run(['ld', '-m', 'elf_i386', '-Ttext=0x7c00', '-e', 'start',
                         '--oformat=binary', '-o', image, obj], check=True)
@@ -346,6 +385,12 @@ def build_guest(tmp):
     except (OSError, subprocess.CalledProcessError) as err:
         sys.exit(f'\nThe guest cannot be built: {err}. '
                  'Install binutils that know x86.')
+
+
+def build_guest(tmp):
+    """Returns the disk with the guest, and the hash of the guest's pattern."""
+    image = os.path.join(tmp, 'guest.img')
+    assemble_guest(image)
     value = 0
     words = array.array('I', bytes(GUEST['PATTERN_SIZE']))
     for i in range(len(words)):
