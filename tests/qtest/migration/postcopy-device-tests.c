@@ -13,6 +13,8 @@
 #include "migration/migration-util.h"
 #include "qobject/qdict.h"
 #include "qobject/qlist.h"
+#include "qapi/error.h"
+#include "qemu/sockets.h"
 
 /* The ping that ends the device state, see migration/postcopy-device.h */
 #define PING_LOADED     0x42
@@ -1669,6 +1671,42 @@ static void test_retry_preempt(void)
     run_retry(&(DeviceTest) { .preempt = true });
 }
 
+/*
+ * The destination is a socket that says nothing.  Each time the source hears
+ * that it is gone, it is told to migrate again, without any wait in between.
+ */
+static void test_retry_at_once(void)
+{
+    g_autofree char *path = g_strdup_printf("%s/migsocket",
+                                            migration_get_env()->tmpfs);
+    DeviceTest t = { };
+    int fd;
+
+    if (!device_test_start(&t, true)) {
+        return;
+    }
+    cut_link(&t, FAULT_PROXY_IN_PACKAGE, 100);
+    expect_destination_fails(&t, NULL);
+
+    unlink(path);
+    fd = unix_listen(path, &error_abort);
+    for (int i = 0; i < 30; i++) {
+        step("migration %d", i);
+        migrate_qmp(t.src.qts, NULL, fault_proxy_uri(t.proxy), NULL, "{}");
+        fault_proxy_set_mode(t.proxy, FAULT_PROXY_DROP, FAULT_PROXY_FORWARD);
+        expect_statuses(&t.src, "setup", "active", NULL);
+        device_test_start_postcopy(&t);
+        expect_statuses(&t.src, "postcopy-device", NULL);
+        fault_proxy_cut(t.proxy);
+        close(accept(fd, NULL, NULL));
+        expect_statuses(&t.src, "failed", NULL);
+    }
+    close(fd);
+
+    expect_guest_back(&t);
+    end_on_source(&t);
+}
+
 #ifdef CONFIG_TRACE_LOG
 static void test_notify_retry(void)
 {
@@ -1750,7 +1788,9 @@ void migration_test_add_postcopy_device(MigrationTestEnv *env)
                        test_stall_before_pong);
     migration_test_add("/migration/postcopy-device/stall/frozen",
                        test_stall_frozen);
-    migration_test_add("/migration/postcopy-device/retry", test_retry);
+    migration_test_add("/migration/postcopy-device/retry/plain", test_retry);
+    migration_test_add("/migration/postcopy-device/retry/at-once",
+                       test_retry_at_once);
     migration_test_add("/migration/postcopy-device/downtime", test_downtime);
 
     migration_test_add("/migration/postcopy-device/quit/in-package",
