@@ -6,6 +6,7 @@
  */
 
 #include "qemu/osdep.h"
+#include <sys/un.h>
 #include "libqtest.h"
 #include "migration/fault-proxy.h"
 #include "migration/framework.h"
@@ -13,8 +14,6 @@
 #include "migration/migration-util.h"
 #include "qobject/qdict.h"
 #include "qobject/qlist.h"
-#include "qapi/error.h"
-#include "qemu/sockets.h"
 
 /* The ping that ends the device state, see migration/postcopy-device.h */
 #define PING_LOADED     0x42
@@ -1671,6 +1670,19 @@ static void test_retry_preempt(void)
     run_retry(&(DeviceTest) { .preempt = true });
 }
 
+static int listen_at(const char *path)
+{
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+
+    g_assert_cmpint(g_strlcpy(addr.sun_path, path, sizeof(addr.sun_path)), <,
+                    sizeof(addr.sun_path));
+    unlink(path);
+    g_assert_cmpint(bind(fd, (struct sockaddr *)&addr, sizeof(addr)), ==, 0);
+    g_assert_cmpint(listen(fd, 8), ==, 0);
+    return fd;
+}
+
 /*
  * The destination is a socket that says nothing.  Each time the source hears
  * that it is gone, it is told to migrate again, without any wait in between.
@@ -1688,8 +1700,7 @@ static void test_retry_at_once(void)
     cut_link(&t, FAULT_PROXY_IN_PACKAGE, 100);
     expect_destination_fails(&t, NULL);
 
-    unlink(path);
-    fd = unix_listen(path, &error_abort);
+    fd = listen_at(path);
     for (int i = 0; i < 30; i++) {
         step("migration %d", i);
         migrate_qmp(t.src.qts, NULL, fault_proxy_uri(t.proxy), NULL, "{}");
