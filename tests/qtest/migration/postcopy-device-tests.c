@@ -1702,14 +1702,18 @@ static void test_retry_at_once(void)
 
     fd = listen_at(path);
     for (int i = 0; i < 30; i++) {
+        int conn;
+
         step("migration %d", i);
         migrate_qmp(t.src.qts, NULL, fault_proxy_uri(t.proxy), NULL, "{}");
         fault_proxy_set_mode(t.proxy, FAULT_PROXY_DROP, FAULT_PROXY_FORWARD);
+        /* Now the proxy has both ends, and can cut them */
+        conn = accept(fd, NULL, NULL);
         expect_statuses(&t.src, "setup", "active", NULL);
         device_test_start_postcopy(&t);
         expect_statuses(&t.src, "postcopy-device", NULL);
         fault_proxy_cut(t.proxy);
-        close(accept(fd, NULL, NULL));
+        close(conn);
         expect_statuses(&t.src, "failed", NULL);
     }
     close(fd);
