@@ -7,8 +7,10 @@
 
 #include "qemu/osdep.h"
 #include "qemu/main-loop.h"
+#include "qemu/units.h"
 #include "qapi/error.h"
 #include "qemu/error-report.h"
+#include "exec/cpu-common.h"
 #include "block/block-global-state.h"
 #include "io/channel-buffer.h"
 #include "migration/misc.h"
@@ -25,6 +27,18 @@
 
 #define POSTCOPY_DEVICE_NUDGE_MS    100
 
+/*
+ * Background pages are sent when a page has been requested, or the phase has
+ * lasted so long: most destinations are ready before.
+ */
+#define POSTCOPY_DEVICE_PACE_MS     20
+/* The first are so many bytes */
+#define POSTCOPY_DEVICE_PACE_MIN    (16 * KiB)
+/* No page may be larger, as the link is busy with one until it is sent */
+#define POSTCOPY_DEVICE_PACE_PAGE   (64 * KiB)
+/* They may delay the guest's start by this part of the time waited already */
+#define POSTCOPY_DEVICE_PACE_PART   16
+
 void postcopy_device_init(MigrationState *s)
 {
     PostcopyDeviceSource *pd = &s->postcopy_device;
@@ -34,6 +48,11 @@ void postcopy_device_init(MigrationState *s)
     pd->in_doubt = false;
     pd->loaded = false;
     pd->rp_closed = false;
+    pd->pace_back = false;
+    pd->pace_wanted = false;
+    pd->pace_time = 0;
+    pd->pace_size = POSTCOPY_DEVICE_PACE_MIN;
+    pd->pace_end = UINT64_MAX;
     pd->start_time = 0;
 }
 
@@ -63,6 +82,10 @@ void postcopy_device_pong(MigrationState *s, uint32_t value)
     case QEMU_VM_PING_PACKAGED_LOADED:
         trace_postcopy_device_loaded();
         qatomic_set(&s->postcopy_device.loaded, true);
+        postcopy_device_wake(s);
+        break;
+    case QEMU_VM_PING_POSTCOPY_PACE:
+        qatomic_set(&s->postcopy_device.pace_back, true);
         postcopy_device_wake(s);
         break;
     }
@@ -123,6 +146,10 @@ static void postcopy_device_cancel_waiting(MigrationState *s, Error **errp)
     WITH_QEMU_LOCK_GUARD(&s->qemu_file_lock) {
         if (s->to_dst_file) {
             qemu_file_shutdown(s->to_dst_file);
+        }
+        /* The migration thread may wait for who writes to this one */
+        if (s->postcopy_qemufile_src) {
+            qemu_file_shutdown(s->postcopy_qemufile_src);
         }
     }
     postcopy_device_wake(s);
@@ -250,6 +277,79 @@ static void postcopy_device_close_channels(MigrationState *s)
     close_return_path_on_source(s);
 }
 
+bool postcopy_device_may_send(MigrationState *s)
+{
+    return !postcopy_device_in_progress() ||
+           (ram_bytes_remaining() > s->postcopy_device.pace_end &&
+            !qatomic_read(&s->postcopy_device.loaded));
+}
+
+static bool postcopy_device_may_pace(void)
+{
+    return migrate_postcopy_ram() && !migrate_max_postcopy_bandwidth() &&
+           qemu_ram_pagesize_largest() <= POSTCOPY_DEVICE_PACE_PAGE;
+}
+
+/*
+ * Sends some background pages if the last ones have arrived.  One such lot is
+ * under way at a time.  It becomes larger while it arrives hardly later than
+ * the fastest did: what START or a requested page may have to wait for is the
+ * difference.
+ */
+static bool postcopy_device_send_background(MigrationState *s)
+{
+    PostcopyDeviceSource *pd = &s->postcopy_device;
+    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    int64_t waited = now - pd->start_time * SCALE_MS;
+    int64_t took = now - pd->pace_time;
+    uint64_t remaining;
+
+    if (!postcopy_device_may_pace()) {
+        return false;
+    }
+
+    if (!pd->pace_time) {
+        if (!pd->pace_wanted && waited < POSTCOPY_DEVICE_PACE_MS * SCALE_MS) {
+            return false;
+        }
+        pd->pace_fastest = INT64_MAX;
+    } else if (!qatomic_xchg(&pd->pace_back, false)) {
+        return false;
+    } else {
+        trace_postcopy_device_pace(pd->pace_size, took / SCALE_US);
+        pd->pace_fastest = MIN(pd->pace_fastest, took);
+        if (took - pd->pace_fastest <= waited / POSTCOPY_DEVICE_PACE_PART) {
+            pd->pace_size *= 2;
+        } else if (pd->pace_size > POSTCOPY_DEVICE_PACE_MIN) {
+            pd->pace_size /= 2;
+        }
+    }
+
+    remaining = ram_postcopy_bytes_remaining();
+    if (!remaining) {
+        return false;
+    }
+
+    pd->pace_time = now;
+    pd->pace_end = remaining - MIN(remaining, pd->pace_size);
+    qemu_savevm_state_iterate(s->to_dst_file, true);
+    pd->pace_end = UINT64_MAX;
+    qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_PACE);
+
+    return true;
+}
+
+/*
+ * The destination waits for pages.  Keep the link free for the next, but have
+ * the background pages come from both sides of the one that was wanted.
+ */
+static void postcopy_device_requested(PostcopyDeviceSource *pd)
+{
+    pd->pace_wanted = true;
+    pd->pace_size = MAX(pd->pace_size / 2, POSTCOPY_DEVICE_PACE_MIN);
+    ram_postcopy_rewind(pd->pace_size);
+}
+
 static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
 {
     PostcopyDeviceSource *pd = &s->postcopy_device;
@@ -263,10 +363,16 @@ static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
         }
         if (ram_postcopy_has_request()) {
             qemu_savevm_state_iterate(s->to_dst_file, true);
+            postcopy_device_requested(pd);
+            continue;
+        }
+        if (postcopy_device_send_background(s)) {
             continue;
         }
 
-        if (qatomic_read(&pd->held)) {
+        if (!pd->pace_time && postcopy_device_may_pace()) {
+            qemu_sem_timedwait(&pd->wake, POSTCOPY_DEVICE_PACE_MS);
+        } else if (qatomic_read(&pd->held)) {
             qemu_sem_wait(&pd->wake);
         } else if (qemu_sem_timedwait(&pd->wake, POSTCOPY_DEVICE_NUDGE_MS)) {
             /*

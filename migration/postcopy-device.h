@@ -37,6 +37,12 @@
 /* START: the source has let go, start the guest.  Sent again on recovery. */
 #define QEMU_VM_PING_POSTCOPY_START     0x53545254 /* "STRT" */
 
+/*
+ * PACE: behind the background pages that are sent before the destination has
+ * loaded the package.  The PONG says that they are out of the way.
+ */
+#define QEMU_VM_PING_POSTCOPY_PACE      0x50414345 /* "PACE" */
+
 /* Who has the guest, as far as the source has decided */
 typedef enum PostcopyDeviceOwner {
     /* The source: the destination has not been told to start it */
@@ -76,11 +82,24 @@ typedef struct PostcopyDeviceSource {
     bool loaded;
     /* The return path thread has ended.  Same threads. */
     bool rp_closed;
+    /* The last background pages have arrived.  Same threads. */
+    bool pace_back;
     /*
      * When the package was complete (ms), or 0 if it has not come to that.
-     * Migration thread only, like the next.
+     * Migration thread only, like the rest.
      */
     int64_t start_time;
+    /* A page was requested in the phase */
+    bool pace_wanted;
+    /*
+     * Background pages that may be under way: how much of RAM (bytes) was sent
+     * when (ns), and how long the fastest of them and its PONG took (ns).
+     * Those that are being sent end when so much of RAM is left (bytes).
+     */
+    uint64_t pace_size;
+    int64_t pace_time;
+    int64_t pace_fastest;
+    uint64_t pace_end;
     AnnounceTimer announce_timer;
 } PostcopyDeviceSource;
 
@@ -194,9 +213,9 @@ void postcopy_device_recovered(MigrationState *s);
  *           postcopy_device_available()
  * @errp: where to say what went wrong
  *
- * Serves page requests meanwhile, and sends no other page: the link is kept
- * free for what the destination waits for.  Waits as long as the destination
- * needs, but no longer than both channels work.
+ * Serves page requests meanwhile.  Sends other pages only as long as what the
+ * destination waits for finds the link almost empty.  Waits as long as the
+ * destination needs, but no longer than both channels work.
  *
  * If the channels fail but the disks are not to be had (the destination may
  * hold their locks), the source must not run the guest.  The migration is
@@ -277,6 +296,17 @@ void postcopy_device_rp_closed(MigrationState *s);
  * Any thread.  Nothing happens outside of the phase.
  */
 void postcopy_device_wake(MigrationState *s);
+
+/**
+ * postcopy_device_may_send: may a page be sent that was not asked for?
+ *
+ * @s: the migration
+ *
+ * Returns: true outside of the phase; in it only if that delays nothing.
+ *
+ * Migration thread.
+ */
+bool postcopy_device_may_send(MigrationState *s);
 
 /**
  * postcopy_device_in_progress: may the source still take the guest back?

@@ -21,6 +21,8 @@
 #define PING_HOLD       0x484f4c44
 #define PONG_HELD       0x48454c44
 #define PING_START      0x53545254
+/* Behind background pages, see there */
+#define PING_PACE       0x50414345
 /* No one knows this value */
 #define PING_UNKNOWN    0x3f3f3f3f
 
@@ -870,6 +872,44 @@ static void test_success_bitmap_only(void)
     end_on_destination(&t);
 }
 
+/*
+ * Let the source send pages that nobody has asked for, but hear nothing, so
+ * that it stays in the phase.
+ */
+static void background_start(DeviceTest *t)
+{
+    migrate_set_parameter_int(t->src.qts, "max-postcopy-bandwidth", 0);
+    fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_HOLD);
+}
+
+static void run_success_background(DeviceTest *t)
+{
+    if (!device_test_start(t, false)) {
+        return;
+    }
+    background_start(t);
+    fault_proxy_trap(t->proxy, FAULT_PROXY_BEFORE_PING, PING_PACE,
+                     FAULT_PROXY_HOLD, FAULT_PROXY_HOLD);
+    device_test_start_postcopy(t);
+    expect_statuses(&t->src, "postcopy-device", NULL);
+    expect_statuses(&t->dst, "postcopy-device", NULL);
+    step("waiting for the end of the first background pages");
+    fault_proxy_wait(t->proxy);
+    check_migration_status(&t->src, "postcopy-device");
+    release_pong(t);
+    end_on_destination(t);
+}
+
+static void test_success_background(void)
+{
+    run_success_background(&(DeviceTest) { });
+}
+
+static void test_success_background_preempt(void)
+{
+    run_success_background(&(DeviceTest) { .preempt = true });
+}
+
 /*** The link breaks ***/
 
 static void cut_link(DeviceTest *t, FaultProxyPoint point, uint32_t value)
@@ -948,6 +988,35 @@ static void test_cut_behind_package(void)
     step("query-migrate on the destination");
     qobject_unref(migrate_query(t.dst.qts));
     end_on_source(&t);
+}
+
+/* The same, with pages under way that nobody has asked for. */
+static void run_cut_background(DeviceTest *t)
+{
+    t->no_exit = true;
+    if (!device_test_start(t, true)) {
+        return;
+    }
+    background_start(t);
+    cut_link(t, FAULT_PROXY_BEFORE_PING, PING_PACE);
+    step("query-migrate on the destination");
+    qobject_unref(migrate_query(t->dst.qts));
+    end_on_source(t);
+}
+
+static void test_cut_background(void)
+{
+    run_cut_background(&(DeviceTest) { });
+}
+
+static void test_cut_background_release_ram(void)
+{
+    run_cut_background(&(DeviceTest) { .release_ram = true });
+}
+
+static void test_cut_background_preempt(void)
+{
+    run_cut_background(&(DeviceTest) { .preempt = true });
 }
 
 /* The destination waits for a page that will not come any more. */
@@ -1838,6 +1907,17 @@ void migration_test_add_postcopy_device(MigrationTestEnv *env)
     migration_test_add("/migration/postcopy-device/notify/retry",
                        test_notify_retry);
 #endif
+
+    migration_test_add("/migration/postcopy-device/background/plain",
+                       test_success_background);
+    migration_test_add("/migration/postcopy-device/background/preempt",
+                       test_success_background_preempt);
+    migration_test_add("/migration/postcopy-device/background/cut/plain",
+                       test_cut_background);
+    migration_test_add("/migration/postcopy-device/background/cut/release-ram",
+                       test_cut_background_release_ram);
+    migration_test_add("/migration/postcopy-device/background/cut/preempt",
+                       test_cut_background_preempt);
 
     migration_test_add("/migration/postcopy-device/cut/before-package",
                        test_cut_before_package);
