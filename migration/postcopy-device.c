@@ -325,12 +325,13 @@ static bool postcopy_device_send_background(MigrationState *s)
         }
     }
 
+    /* Also if nothing is left: then there is no PONG to wait for */
+    pd->pace_time = now;
     remaining = ram_postcopy_bytes_remaining();
     if (!remaining) {
         return false;
     }
 
-    pd->pace_time = now;
     pd->pace_end = remaining - MIN(remaining, pd->pace_size);
     qemu_savevm_state_iterate(s->to_dst_file, true);
     pd->pace_end = UINT64_MAX;

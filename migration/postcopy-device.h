@@ -302,7 +302,7 @@ void postcopy_device_wake(MigrationState *s);
  *
  * @s: the migration
  *
- * Returns: true outside of the phase; in it only if that delays nothing.
+ * Returns: true outside of the phase; in it only while a lot of them is sent.
  *
  * Migration thread.
  */
