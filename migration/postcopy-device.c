@@ -32,12 +32,13 @@
  * lasted so long: most destinations are ready before.
  */
 #define POSTCOPY_DEVICE_PACE_MS     20
-/* The first are so many bytes */
-#define POSTCOPY_DEVICE_PACE_MIN    (16 * KiB)
+/* How many bytes a lot is at first, and how many at least */
+#define POSTCOPY_DEVICE_PACE_FIRST  (16 * KiB)
+#define POSTCOPY_DEVICE_PACE_MIN    (4 * KiB)
 /* No page may be larger, as the link is busy with one until it is sent */
 #define POSTCOPY_DEVICE_PACE_PAGE   (64 * KiB)
 /* They may delay the guest's start by this part of the time waited already */
-#define POSTCOPY_DEVICE_PACE_PART   16
+#define POSTCOPY_DEVICE_PACE_PART   32
 
 void postcopy_device_init(MigrationState *s)
 {
@@ -48,11 +49,13 @@ void postcopy_device_init(MigrationState *s)
     pd->in_doubt = false;
     pd->loaded = false;
     pd->rp_closed = false;
-    pd->pace_back = false;
-    pd->pace_wanted = false;
-    pd->pace_time = 0;
-    pd->pace_size = POSTCOPY_DEVICE_PACE_MIN;
-    pd->pace_end = UINT64_MAX;
+    pd->pace_arrived = 0;
+    pd->pace_begun = false;
+    pd->pace_sent = 0;
+    pd->pace_seen = 0;
+    pd->pace_fastest = INT64_MAX;
+    pd->pace_size = POSTCOPY_DEVICE_PACE_FIRST;
+    pd->pace_end = 0;
     pd->start_time = 0;
 }
 
@@ -85,7 +88,7 @@ void postcopy_device_pong(MigrationState *s, uint32_t value)
         postcopy_device_wake(s);
         break;
     case QEMU_VM_PING_POSTCOPY_PACE:
-        qatomic_set(&s->postcopy_device.pace_back, true);
+        qatomic_inc(&s->postcopy_device.pace_arrived);
         postcopy_device_wake(s);
         break;
     }
@@ -280,7 +283,8 @@ static void postcopy_device_close_channels(MigrationState *s)
 bool postcopy_device_may_send(MigrationState *s)
 {
     return !postcopy_device_in_progress() ||
-           (ram_bytes_remaining() > s->postcopy_device.pace_end &&
+           (qemu_file_transferred(s->to_dst_file) <
+            s->postcopy_device.pace_end &&
             !qatomic_read(&s->postcopy_device.loaded));
 }
 
@@ -291,50 +295,53 @@ static bool postcopy_device_may_pace(void)
 }
 
 /*
- * Sends some background pages if the last ones have arrived.  One such lot is
- * under way at a time.  It becomes larger while it arrives hardly later than
- * the fastest did: what START or a requested page may have to wait for is the
- * difference.
+ * Lets a lot become larger while they arrive hardly later than the fastest did:
+ * what START or a requested page may have to wait for is the difference.
  */
+static void postcopy_device_pace(PostcopyDeviceSource *pd, int64_t now)
+{
+    int64_t may_take = (now - pd->start_time * SCALE_MS) /
+                       POSTCOPY_DEVICE_PACE_PART;
+
+    while (pd->pace_seen != pd->pace_sent &&
+           pd->pace_seen != qatomic_read(&pd->pace_arrived)) {
+        int64_t took = now - pd->pace_time[pd->pace_seen++ %
+                                           POSTCOPY_DEVICE_PACE_LOTS];
+        uint64_t step = pd->pace_size / POSTCOPY_DEVICE_PACE_LOTS;
+
+        trace_postcopy_device_pace(pd->pace_size, took / SCALE_US);
+        pd->pace_fastest = MIN(pd->pace_fastest, took);
+        if (took - pd->pace_fastest <= may_take) {
+            pd->pace_size += step;
+        } else {
+            pd->pace_size = MAX(pd->pace_size - step, POSTCOPY_DEVICE_PACE_MIN);
+        }
+    }
+}
+
+/* Sends a lot of background pages unless there are enough under way. */
 static bool postcopy_device_send_background(MigrationState *s)
 {
     PostcopyDeviceSource *pd = &s->postcopy_device;
     int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
-    int64_t waited = now - pd->start_time * SCALE_MS;
-    int64_t took = now - pd->pace_time;
-    uint64_t remaining;
 
-    if (!postcopy_device_may_pace()) {
+    if (now - pd->start_time * SCALE_MS >= POSTCOPY_DEVICE_PACE_MS * SCALE_MS) {
+        pd->pace_begun = true;
+    }
+    if (!pd->pace_begun || !postcopy_device_may_pace()) {
         return false;
     }
 
-    if (!pd->pace_time) {
-        if (!pd->pace_wanted && waited < POSTCOPY_DEVICE_PACE_MS * SCALE_MS) {
-            return false;
-        }
-        pd->pace_fastest = INT64_MAX;
-    } else if (!qatomic_xchg(&pd->pace_back, false)) {
-        return false;
-    } else {
-        trace_postcopy_device_pace(pd->pace_size, took / SCALE_US);
-        pd->pace_fastest = MIN(pd->pace_fastest, took);
-        if (took - pd->pace_fastest <= waited / POSTCOPY_DEVICE_PACE_PART) {
-            pd->pace_size *= 2;
-        } else if (pd->pace_size > POSTCOPY_DEVICE_PACE_MIN) {
-            pd->pace_size /= 2;
-        }
-    }
-
-    /* Also if nothing is left: then there is no PONG to wait for */
-    pd->pace_time = now;
-    remaining = ram_postcopy_bytes_remaining();
-    if (!remaining) {
+    postcopy_device_pace(pd, now);
+    if (pd->pace_sent - pd->pace_seen == POSTCOPY_DEVICE_PACE_LOTS ||
+        !ram_postcopy_bytes_remaining()) {
         return false;
     }
 
-    pd->pace_end = remaining - MIN(remaining, pd->pace_size);
+    pd->pace_time[pd->pace_sent++ % POSTCOPY_DEVICE_PACE_LOTS] = now;
+    pd->pace_end = qemu_file_transferred(s->to_dst_file) + pd->pace_size;
     qemu_savevm_state_iterate(s->to_dst_file, true);
-    pd->pace_end = UINT64_MAX;
+    pd->pace_end = 0;
     qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_PACE);
 
     return true;
@@ -346,9 +353,9 @@ static bool postcopy_device_send_background(MigrationState *s)
  */
 static void postcopy_device_requested(PostcopyDeviceSource *pd)
 {
-    pd->pace_wanted = true;
+    pd->pace_begun = true;
     pd->pace_size = MAX(pd->pace_size / 2, POSTCOPY_DEVICE_PACE_MIN);
-    ram_postcopy_rewind(pd->pace_size);
+    ram_postcopy_rewind(pd->pace_size * POSTCOPY_DEVICE_PACE_LOTS);
 }
 
 static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
@@ -371,7 +378,7 @@ static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
             continue;
         }
 
-        if (!pd->pace_time && postcopy_device_may_pace()) {
+        if (!pd->pace_begun && postcopy_device_may_pace()) {
             qemu_sem_timedwait(&pd->wake, POSTCOPY_DEVICE_PACE_MS);
         } else if (qatomic_read(&pd->held)) {
             qemu_sem_wait(&pd->wake);

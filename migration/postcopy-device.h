@@ -43,6 +43,9 @@
  */
 #define QEMU_VM_PING_POSTCOPY_PACE      0x50414345 /* "PACE" */
 
+/* So many lots of background pages are under way at a time */
+#define POSTCOPY_DEVICE_PACE_LOTS       4
+
 /* Who has the guest, as far as the source has decided */
 typedef enum PostcopyDeviceOwner {
     /* The source: the destination has not been told to start it */
@@ -82,23 +85,26 @@ typedef struct PostcopyDeviceSource {
     bool loaded;
     /* The return path thread has ended.  Same threads. */
     bool rp_closed;
-    /* The last background pages have arrived.  Same threads. */
-    bool pace_back;
+    /* So many lots of background pages have arrived.  Same threads. */
+    unsigned pace_arrived;
     /*
      * When the package was complete (ms), or 0 if it has not come to that.
      * Migration thread only, like the rest.
      */
     int64_t start_time;
-    /* A page was requested in the phase */
-    bool pace_wanted;
+    /* Background pages are sent now */
+    bool pace_begun;
     /*
-     * Background pages that may be under way: how much of RAM (bytes) was sent
-     * when (ns), and how long the fastest of them and its PONG took (ns).
-     * Those that are being sent end when so much of RAM is left (bytes).
+     * Lots of them: how many were sent, when (ns) those that may be under way,
+     * how many of them are known to have arrived, and how long the fastest and
+     * its PONG took (ns)
      */
-    uint64_t pace_size;
-    int64_t pace_time;
+    unsigned pace_sent;
+    int64_t pace_time[POSTCOPY_DEVICE_PACE_LOTS];
+    unsigned pace_seen;
     int64_t pace_fastest;
+    /* The size of a lot, and how much is sent when the next one ends (bytes) */
+    uint64_t pace_size;
     uint64_t pace_end;
     AnnounceTimer announce_timer;
 } PostcopyDeviceSource;

@@ -775,6 +775,26 @@ static void test_success_page_fault_preempt(void)
     run_success_page_fault(&(DeviceTest) { .virtio = true, .preempt = true });
 }
 
+/* A limit that is set in the phase does not keep back what is asked for. */
+static void test_success_page_fault_bandwidth(void)
+{
+    DeviceTest t = { .virtio = true };
+
+    if (!device_test_start(&t, false)) {
+        return;
+    }
+    fault_proxy_trap(t.proxy, FAULT_PROXY_BEFORE_PACKAGE, 0,
+                     FAULT_PROXY_HOLD, FAULT_PROXY_HOLD);
+    device_test_start_postcopy(&t);
+    expect_statuses(&t.src, "postcopy-device", NULL);
+    step("waiting for the package");
+    fault_proxy_wait(t.proxy);
+    migrate_set_parameter_int(t.src.qts, "max-postcopy-bandwidth", 4096);
+    fault_proxy_set_mode(t.proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    expect_success(&t);
+    end_on_destination(&t);
+}
+
 static void test_late_activate(void)
 {
     DeviceTest t = { .late_activate = true };
@@ -1999,6 +2019,8 @@ void migration_test_add_postcopy_device(MigrationTestEnv *env)
                            test_success_page_fault);
         migration_test_add("/migration/postcopy-device/page-fault/preempt",
                            test_success_page_fault_preempt);
+        migration_test_add("/migration/postcopy-device/page-fault/bandwidth",
+                           test_success_page_fault_bandwidth);
         migration_test_add("/migration/postcopy-device/page-fault/kill",
                            test_kill_page_fault);
         migration_test_add("/migration/postcopy-device/page-fault/yank/plain",
