@@ -54,10 +54,13 @@ need_space() {
 # without_kvm COMMAND...: run it where /dev/kvm cannot be opened, if possible.
 # Nested KVM is far slower in these tests than TCG.
 without_kvm() {
+    # In a chroot "/" may be no mount, and unshare would want to make it private.
+    # shellcheck disable=SC2016
+    hide='{ mount --make-rprivate / || mount --make-private /dev; } 2>/dev/null &&
+        mount --bind /dev/null /dev/kvm && exec "$@"'
     if [ -e /dev/kvm ] &&
-       unshare -m mount --bind /dev/null /dev/kvm 2>/dev/null; then
-        # shellcheck disable=SC2016
-        unshare -m sh -c 'mount --bind /dev/null /dev/kvm && exec "$@"' - "$@"
+       unshare -m --propagation unchanged sh -c "$hide" - true 2>/dev/null; then
+        unshare -m --propagation unchanged sh -c "$hide" - "$@"
     else
         "$@"
     fi
