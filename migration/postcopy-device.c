@@ -28,13 +28,13 @@
 #define POSTCOPY_DEVICE_NUDGE_MS    100
 
 /*
- * Background pages are sent when a page has been requested, or the phase has
- * lasted so long: most destinations are ready before.
+ * Background pages are sent when a page has been requested, or the phase will
+ * last so long.  A shorter one is over sooner if both sides are left alone.
  */
-#define POSTCOPY_DEVICE_PACE_MS     20
-/* How many bytes a lot is at first, and how many at least */
-#define POSTCOPY_DEVICE_PACE_FIRST  (16 * KiB)
+#define POSTCOPY_DEVICE_PACE_US     20000
+/* How many bytes a lot of them is at least, and at most at first */
 #define POSTCOPY_DEVICE_PACE_MIN    (4 * KiB)
+#define POSTCOPY_DEVICE_PACE_FIRST  (1 * MiB)
 /* No page may be larger, as the link is busy with one until it is sent */
 #define POSTCOPY_DEVICE_PACE_PAGE   (64 * KiB)
 /* They may delay the guest's start by this part of the time waited already */
@@ -49,12 +49,14 @@ void postcopy_device_init(MigrationState *s)
     pd->in_doubt = false;
     pd->loaded = false;
     pd->rp_closed = false;
+    pd->hold_sent = 0;
+    pd->round_trip = 0;
     pd->pace_arrived = 0;
     pd->pace_begun = false;
     pd->pace_sent = 0;
     pd->pace_seen = 0;
     pd->pace_fastest = INT64_MAX;
-    pd->pace_size = POSTCOPY_DEVICE_PACE_FIRST;
+    pd->pace_size = 0;
     pd->pace_end = 0;
     pd->start_time = 0;
 }
@@ -75,12 +77,29 @@ void postcopy_device_wake(MigrationState *s)
     qemu_sem_post(&s->postcopy_device.wake);
 }
 
+static unsigned postcopy_device_now_us(void)
+{
+    return qemu_clock_get_us(QEMU_CLOCK_REALTIME);
+}
+
+/* HOLD has been answered: the first time is with a link that is still idle. */
+static void postcopy_device_measure_round_trip(PostcopyDeviceSource *pd)
+{
+    if (!pd->round_trip) {
+        qatomic_set(&pd->round_trip, postcopy_device_now_us() -
+                                     qatomic_read(&pd->hold_sent));
+    }
+}
+
 void postcopy_device_pong(MigrationState *s, uint32_t value)
 {
     switch (value) {
     case QEMU_VM_PONG_POSTCOPY_HELD:
         trace_postcopy_device_held();
         qatomic_set(&s->postcopy_device.held, true);
+        /* fall through */
+    case QEMU_VM_PING_POSTCOPY_HOLD:
+        postcopy_device_measure_round_trip(&s->postcopy_device);
         break;
     case QEMU_VM_PING_PACKAGED_LOADED:
         trace_postcopy_device_loaded();
@@ -97,6 +116,10 @@ void postcopy_device_pong(MigrationState *s, uint32_t value)
 void postcopy_device_send_hold(MigrationState *s)
 {
     if (migrate_postcopy_ram()) {
+        if (!s->postcopy_device.hold_sent) {
+            qatomic_set(&s->postcopy_device.hold_sent,
+                        postcopy_device_now_us());
+        }
         qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_HOLD);
     }
 }
@@ -295,8 +318,25 @@ static bool postcopy_device_may_pace(void)
 }
 
 /*
+ * The first lots are all sent at once, so they may not be more than the link
+ * holds in a round trip at the rate that precopy had.  Whatever has to wait for
+ * them is sent a round trip later: by then they are out of its way.
+ */
+static uint64_t postcopy_device_pace_first(MigrationState *s)
+{
+    PostcopyDeviceSource *pd = &s->postcopy_device;
+    int64_t precopy_ms = pd->start_time - s->start_time - s->setup_time;
+    uint64_t bytes_per_ms = migration_transferred_bytes() / MAX(1, precopy_ms);
+    uint64_t size = bytes_per_ms * qatomic_read(&pd->round_trip) / 1000 /
+                    POSTCOPY_DEVICE_PACE_LOTS;
+
+    return MIN(MAX(size, POSTCOPY_DEVICE_PACE_MIN), POSTCOPY_DEVICE_PACE_FIRST);
+}
+
+/*
  * Lets a lot become larger while they arrive hardly later than the fastest did:
- * what START or a requested page may have to wait for is the difference.
+ * what START or a requested page may have to wait for is the difference.  The
+ * first ones have also waited for each other.
  */
 static void postcopy_device_pace(PostcopyDeviceSource *pd, int64_t now)
 {
@@ -311,6 +351,9 @@ static void postcopy_device_pace(PostcopyDeviceSource *pd, int64_t now)
 
         trace_postcopy_device_pace(pd->pace_size, took / SCALE_US);
         pd->pace_fastest = MIN(pd->pace_fastest, took);
+        if (pd->pace_seen <= POSTCOPY_DEVICE_PACE_LOTS) {
+            continue;
+        }
         if (took - pd->pace_fastest <= may_take) {
             pd->pace_size += step;
         } else {
@@ -325,14 +368,19 @@ static bool postcopy_device_send_background(MigrationState *s)
     PostcopyDeviceSource *pd = &s->postcopy_device;
     int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
 
-    if (now - pd->start_time * SCALE_MS >= POSTCOPY_DEVICE_PACE_MS * SCALE_MS) {
+    if ((now - pd->start_time * SCALE_MS) / SCALE_US +
+        qatomic_read(&pd->round_trip) >= POSTCOPY_DEVICE_PACE_US) {
         pd->pace_begun = true;
     }
     if (!pd->pace_begun || !postcopy_device_may_pace()) {
         return false;
     }
 
-    postcopy_device_pace(pd, now);
+    if (pd->pace_sent) {
+        postcopy_device_pace(pd, now);
+    } else {
+        pd->pace_size = postcopy_device_pace_first(s);
+    }
     if (pd->pace_sent - pd->pace_seen == POSTCOPY_DEVICE_PACE_LOTS ||
         !ram_postcopy_bytes_remaining()) {
         return false;
@@ -345,17 +393,6 @@ static bool postcopy_device_send_background(MigrationState *s)
     qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_PACE);
 
     return true;
-}
-
-/*
- * The destination waits for pages.  Keep the link free for the next, but have
- * the background pages come from both sides of the one that was wanted.
- */
-static void postcopy_device_requested(PostcopyDeviceSource *pd)
-{
-    pd->pace_begun = true;
-    pd->pace_size = MAX(pd->pace_size / 2, POSTCOPY_DEVICE_PACE_MIN);
-    ram_postcopy_rewind(pd->pace_size * POSTCOPY_DEVICE_PACE_LOTS);
 }
 
 static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
@@ -371,7 +408,9 @@ static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
         }
         if (ram_postcopy_has_request()) {
             qemu_savevm_state_iterate(s->to_dst_file, true);
-            postcopy_device_requested(pd);
+            pd->pace_begun = true;
+            /* The next may well be wanted from below this one */
+            ram_postcopy_rewind(pd->pace_size * POSTCOPY_DEVICE_PACE_LOTS);
             continue;
         }
         if (postcopy_device_send_background(s)) {
@@ -379,7 +418,7 @@ static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
         }
 
         if (!pd->pace_begun && postcopy_device_may_pace()) {
-            qemu_sem_timedwait(&pd->wake, POSTCOPY_DEVICE_PACE_MS);
+            qemu_sem_timedwait(&pd->wake, POSTCOPY_DEVICE_PACE_US / 1000);
         } else if (qatomic_read(&pd->held)) {
             qemu_sem_wait(&pd->wake);
         } else if (qemu_sem_timedwait(&pd->wake, POSTCOPY_DEVICE_NUDGE_MS)) {

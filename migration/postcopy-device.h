@@ -85,6 +85,12 @@ typedef struct PostcopyDeviceSource {
     bool loaded;
     /* The return path thread has ended.  Same threads. */
     bool rp_closed;
+    /*
+     * When HOLD was sent first, and how long it took to be answered (us): set
+     * by the migration thread and by the return path thread, read by the other.
+     */
+    unsigned hold_sent;
+    unsigned round_trip;
     /* So many lots of background pages have arrived.  Same threads. */
     unsigned pace_arrived;
     /*
