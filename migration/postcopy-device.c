@@ -35,6 +35,11 @@
 /* How many bytes a lot of them is at least, and at most at first */
 #define POSTCOPY_DEVICE_PACE_MIN    (4 * KiB)
 #define POSTCOPY_DEVICE_PACE_FIRST  (1 * MiB)
+/*
+ * How many zero pages may be in it: they are nothing on the link, but the
+ * destination needs some microseconds for each.
+ */
+#define POSTCOPY_DEVICE_PACE_ZERO   64
 /* No page may be larger, as the link is busy with one until it is sent */
 #define POSTCOPY_DEVICE_PACE_PAGE   (64 * KiB)
 /* They may delay the guest's start by this part of the time waited already */
@@ -58,6 +63,7 @@ void postcopy_device_init(MigrationState *s)
     pd->pace_fastest = INT64_MAX;
     pd->pace_size = 0;
     pd->pace_end = 0;
+    pd->pace_zero_end = 0;
     pd->start_time = 0;
 }
 
@@ -305,10 +311,12 @@ static void postcopy_device_close_channels(MigrationState *s)
 
 bool postcopy_device_may_send(MigrationState *s)
 {
+    PostcopyDeviceSource *pd = &s->postcopy_device;
+
     return !postcopy_device_in_progress() ||
-           (qemu_file_transferred(s->to_dst_file) <
-            s->postcopy_device.pace_end &&
-            !qatomic_read(&s->postcopy_device.loaded));
+           (qemu_file_transferred(s->to_dst_file) < pd->pace_end &&
+            stat64_get(&mig_stats.zero_pages) < pd->pace_zero_end &&
+            !qatomic_read(&pd->loaded));
 }
 
 static bool postcopy_device_may_pace(void)
@@ -336,7 +344,8 @@ static uint64_t postcopy_device_pace_first(MigrationState *s)
 /*
  * Lets a lot become larger while they arrive hardly later than the fastest did:
  * what START or a requested page may have to wait for is the difference.  The
- * first ones have also waited for each other.
+ * first ones have also waited for each other.  Those that were full of zero
+ * pages do not show how fast the link is.
  */
 static void postcopy_device_pace(PostcopyDeviceSource *pd, int64_t now)
 {
@@ -345,17 +354,20 @@ static void postcopy_device_pace(PostcopyDeviceSource *pd, int64_t now)
 
     while (pd->pace_seen != pd->pace_sent &&
            pd->pace_seen != qatomic_read(&pd->pace_arrived)) {
-        int64_t took = now - pd->pace_time[pd->pace_seen++ %
-                                           POSTCOPY_DEVICE_PACE_LOTS];
+        PostcopyDeviceLot *lot = &pd->pace_lots[pd->pace_seen++ %
+                                                POSTCOPY_DEVICE_PACE_LOTS];
+        int64_t took = now - lot->time;
         uint64_t step = pd->pace_size / POSTCOPY_DEVICE_PACE_LOTS;
 
-        trace_postcopy_device_pace(pd->pace_size, took / SCALE_US);
+        trace_postcopy_device_pace(lot->size, took / SCALE_US);
         pd->pace_fastest = MIN(pd->pace_fastest, took);
         if (pd->pace_seen <= POSTCOPY_DEVICE_PACE_LOTS) {
             continue;
         }
         if (took - pd->pace_fastest <= may_take) {
-            pd->pace_size += step;
+            if (lot->size >= step) {
+                pd->pace_size += step;
+            }
         } else {
             pd->pace_size = MAX(pd->pace_size - step, POSTCOPY_DEVICE_PACE_MIN);
         }
@@ -367,6 +379,8 @@ static bool postcopy_device_send_background(MigrationState *s)
 {
     PostcopyDeviceSource *pd = &s->postcopy_device;
     int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    PostcopyDeviceLot *lot;
+    uint64_t sent;
 
     if ((now - pd->start_time * SCALE_MS) / SCALE_US +
         qatomic_read(&pd->round_trip) >= POSTCOPY_DEVICE_PACE_US) {
@@ -386,10 +400,16 @@ static bool postcopy_device_send_background(MigrationState *s)
         return false;
     }
 
-    pd->pace_time[pd->pace_sent++ % POSTCOPY_DEVICE_PACE_LOTS] = now;
-    pd->pace_end = qemu_file_transferred(s->to_dst_file) + pd->pace_size;
+    sent = qemu_file_transferred(s->to_dst_file);
+    pd->pace_end = sent + pd->pace_size;
+    pd->pace_zero_end = stat64_get(&mig_stats.zero_pages) +
+                        POSTCOPY_DEVICE_PACE_ZERO;
     qemu_savevm_state_iterate(s->to_dst_file, true);
     pd->pace_end = 0;
+
+    lot = &pd->pace_lots[pd->pace_sent++ % POSTCOPY_DEVICE_PACE_LOTS];
+    lot->time = now;
+    lot->size = qemu_file_transferred(s->to_dst_file) - sent;
     qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_PACE);
 
     return true;
@@ -869,7 +889,12 @@ void postcopy_device_incoming_listen_lost(MigrationIncomingState *mis, int ret)
         error_setg_errno(&err, -ret, "Lost the source before the device state "
                          "was loaded");
         migrate_set_error(migrate_get_current(), err);
-        error_report_err(err);
+        if (mis->exit_on_error) {
+            /* The main thread will report it */
+            error_free(err);
+        } else {
+            error_report_err(err);
+        }
     }
     postcopy_device_incoming_shutdown(mis);
 }

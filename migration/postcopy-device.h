@@ -56,6 +56,12 @@ typedef enum PostcopyDeviceOwner {
     POSTCOPY_DEVICE_OWNER_CANCELLED,
 } PostcopyDeviceOwner;
 
+/* Some background pages: when sending them began (ns), how much it was (bytes) */
+typedef struct PostcopyDeviceLot {
+    int64_t time;
+    uint64_t size;
+} PostcopyDeviceLot;
+
 /* Source side; lives in MigrationState and is set up for every migration */
 typedef struct PostcopyDeviceSource {
     /*
@@ -101,17 +107,21 @@ typedef struct PostcopyDeviceSource {
     /* Background pages are sent now */
     bool pace_begun;
     /*
-     * Lots of them: how many were sent, when (ns) those that may be under way,
-     * how many of them are known to have arrived, and how long the fastest and
-     * its PONG took (ns)
+     * Lots of them: how many were sent, those that may be under way, how many
+     * of them are known to have arrived, and how long the fastest and its PONG
+     * took (ns)
      */
     unsigned pace_sent;
-    int64_t pace_time[POSTCOPY_DEVICE_PACE_LOTS];
+    PostcopyDeviceLot pace_lots[POSTCOPY_DEVICE_PACE_LOTS];
     unsigned pace_seen;
     int64_t pace_fastest;
-    /* The size of a lot, and how much is sent when the next one ends (bytes) */
+    /*
+     * The size of a lot (bytes), and where the next one ends at the latest: in
+     * bytes and in zero pages since the migration began
+     */
     uint64_t pace_size;
     uint64_t pace_end;
+    uint64_t pace_zero_end;
     AnnounceTimer announce_timer;
 } PostcopyDeviceSource;
 
