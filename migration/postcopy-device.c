@@ -7,12 +7,15 @@
 
 #include "qemu/osdep.h"
 #include "qemu/main-loop.h"
+#include "qemu/sockets.h"
 #include "qemu/units.h"
 #include "qapi/error.h"
 #include "qemu/error-report.h"
 #include "exec/cpu-common.h"
 #include "block/block-global-state.h"
 #include "io/channel-buffer.h"
+#include "io/channel-socket.h"
+#include "io/channel-tls.h"
 #include "migration/misc.h"
 #include "migration.h"
 #include "migration-stats.h"
@@ -27,23 +30,17 @@
 
 #define POSTCOPY_DEVICE_NUDGE_MS    100
 
-/*
- * Background pages are sent when a page has been requested, or the phase will
- * last so long.  A shorter one is over sooner if both sides are left alone.
- */
-#define POSTCOPY_DEVICE_PACE_US     20000
-/* How many bytes a lot of them is at least, and at most at first */
+/* Background pages may delay the guest's start by this part of its pause */
+#define POSTCOPY_DEVICE_PACE_PART   64
+/* They are not worth it, unless one is requested, if they may not take so long */
+#define POSTCOPY_DEVICE_PACE_US     250
+/* A lot of them has at least so many bytes, and at most so many at first */
 #define POSTCOPY_DEVICE_PACE_MIN    (4 * KiB)
 #define POSTCOPY_DEVICE_PACE_FIRST  (1 * MiB)
-/*
- * How many zero pages may be in it: they are nothing on the link, but the
- * destination needs some microseconds for each.
- */
-#define POSTCOPY_DEVICE_PACE_ZERO   64
+/* What the destination needs for a zero page, which is nothing on the link */
+#define POSTCOPY_DEVICE_PACE_ZERO_US    4
 /* No page may be larger, as the link is busy with one until it is sent */
 #define POSTCOPY_DEVICE_PACE_PAGE   (64 * KiB)
-/* They may delay the guest's start by this part of the time waited already */
-#define POSTCOPY_DEVICE_PACE_PART   32
 
 void postcopy_device_init(MigrationState *s)
 {
@@ -54,13 +51,12 @@ void postcopy_device_init(MigrationState *s)
     pd->in_doubt = false;
     pd->loaded = false;
     pd->rp_closed = false;
-    pd->hold_sent = 0;
     pd->round_trip = 0;
     pd->pace_arrived = 0;
     pd->pace_begun = false;
     pd->pace_sent = 0;
     pd->pace_seen = 0;
-    pd->pace_fastest = INT64_MAX;
+    pd->pace_arrived_end = 0;
     pd->pace_size = 0;
     pd->pace_end = 0;
     pd->pace_zero_end = 0;
@@ -83,29 +79,12 @@ void postcopy_device_wake(MigrationState *s)
     qemu_sem_post(&s->postcopy_device.wake);
 }
 
-static unsigned postcopy_device_now_us(void)
-{
-    return qemu_clock_get_us(QEMU_CLOCK_REALTIME);
-}
-
-/* HOLD has been answered: the first time is with a link that is still idle. */
-static void postcopy_device_measure_round_trip(PostcopyDeviceSource *pd)
-{
-    if (!pd->round_trip) {
-        qatomic_set(&pd->round_trip, postcopy_device_now_us() -
-                                     qatomic_read(&pd->hold_sent));
-    }
-}
-
 void postcopy_device_pong(MigrationState *s, uint32_t value)
 {
     switch (value) {
     case QEMU_VM_PONG_POSTCOPY_HELD:
         trace_postcopy_device_held();
         qatomic_set(&s->postcopy_device.held, true);
-        /* fall through */
-    case QEMU_VM_PING_POSTCOPY_HOLD:
-        postcopy_device_measure_round_trip(&s->postcopy_device);
         break;
     case QEMU_VM_PING_PACKAGED_LOADED:
         trace_postcopy_device_loaded();
@@ -119,12 +98,42 @@ void postcopy_device_pong(MigrationState *s, uint32_t value)
     }
 }
 
+/* What TCP says: how long a round trip takes (us), how much may be under way */
+typedef struct PostcopyDeviceLink {
+    uint64_t round_trip;
+    uint64_t window;
+} PostcopyDeviceLink;
+
+/* All is 0 if it is not TCP, or if the host cannot tell. */
+static PostcopyDeviceLink postcopy_device_query_link(MigrationState *s)
+{
+#ifdef CONFIG_LINUX
+    QIOChannel *ioc = qemu_file_get_ioc(s->to_dst_file);
+    struct tcp_info info = { };
+    socklen_t len = sizeof(info);
+
+    if (object_dynamic_cast(OBJECT(ioc), TYPE_QIO_CHANNEL_TLS)) {
+        ioc = QIO_CHANNEL_TLS(ioc)->master;
+    }
+    if (object_dynamic_cast(OBJECT(ioc), TYPE_QIO_CHANNEL_SOCKET) &&
+        !getsockopt(QIO_CHANNEL_SOCKET(ioc)->fd, IPPROTO_TCP, TCP_INFO, &info,
+                    &len)) {
+        return (PostcopyDeviceLink) {
+            .round_trip = info.tcpi_rtt,
+            .window = (uint64_t)info.tcpi_snd_cwnd * info.tcpi_snd_mss,
+        };
+    }
+#endif
+    return (PostcopyDeviceLink) { };
+}
+
 void postcopy_device_send_hold(MigrationState *s)
 {
+    PostcopyDeviceSource *pd = &s->postcopy_device;
+
     if (migrate_postcopy_ram()) {
-        if (!s->postcopy_device.hold_sent) {
-            qatomic_set(&s->postcopy_device.hold_sent,
-                        postcopy_device_now_us());
+        if (!pd->round_trip) {
+            pd->round_trip = postcopy_device_query_link(s).round_trip;
         }
         qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_HOLD);
     }
@@ -326,51 +335,48 @@ static bool postcopy_device_may_pace(void)
 }
 
 /*
- * The first lots are all sent at once, so they may not be more than the link
- * holds in a round trip at the rate that precopy had.  Whatever has to wait for
- * them is sent a round trip later: by then they are out of its way.
+ * The first lots are sent all at once, so together they are what the link holds
+ * in a round trip: whatever has to wait for them is sent a round trip later, and
+ * they are out of its way by then.  TCP's window has room for the queue in the
+ * network, too, which shows as a longer round trip.
  */
 static uint64_t postcopy_device_pace_first(MigrationState *s)
 {
-    PostcopyDeviceSource *pd = &s->postcopy_device;
-    int64_t precopy_ms = pd->start_time - s->start_time - s->setup_time;
-    uint64_t bytes_per_ms = migration_transferred_bytes() / MAX(1, precopy_ms);
-    uint64_t size = bytes_per_ms * qatomic_read(&pd->round_trip) / 1000 /
-                    POSTCOPY_DEVICE_PACE_LOTS;
+    PostcopyDeviceLink link = postcopy_device_query_link(s);
+    uint64_t size = link.window * s->postcopy_device.round_trip /
+                    MAX(link.round_trip, 1) / POSTCOPY_DEVICE_PACE_LOTS;
 
     return MIN(MAX(size, POSTCOPY_DEVICE_PACE_MIN), POSTCOPY_DEVICE_PACE_FIRST);
 }
 
 /*
- * Lets a lot become larger while they arrive hardly later than the fastest did:
- * what START or a requested page may have to wait for is the difference.  The
- * first ones have also waited for each other.  Those that were full of zero
- * pages do not show how fast the link is.
+ * Adapts the size of a lot: all that is under way should arrive within
+ * @may_take (us).
  */
-static void postcopy_device_pace(PostcopyDeviceSource *pd, int64_t now)
+static void postcopy_device_pace(PostcopyDeviceSource *pd, int64_t waited,
+                                 int64_t may_take)
 {
-    int64_t may_take = (now - pd->start_time * SCALE_MS) /
-                       POSTCOPY_DEVICE_PACE_PART;
-
     while (pd->pace_seen != pd->pace_sent &&
            pd->pace_seen != qatomic_read(&pd->pace_arrived)) {
         PostcopyDeviceLot *lot = &pd->pace_lots[pd->pace_seen++ %
                                                 POSTCOPY_DEVICE_PACE_LOTS];
-        int64_t took = now - lot->time;
-        uint64_t step = pd->pace_size / POSTCOPY_DEVICE_PACE_LOTS;
+        int64_t took = MAX(1, waited - lot->time);
+        uint64_t size = lot->under_way * may_take / took /
+                        POSTCOPY_DEVICE_PACE_LOTS;
+        uint64_t step;
 
-        trace_postcopy_device_pace(lot->size, took / SCALE_US);
-        pd->pace_fastest = MIN(pd->pace_fastest, took);
+        trace_postcopy_device_pace(lot->under_way, took);
+        pd->pace_arrived_end = lot->end;
         if (pd->pace_seen <= POSTCOPY_DEVICE_PACE_LOTS) {
+            /* It has also waited for the package. */
             continue;
         }
-        if (took - pd->pace_fastest <= may_take) {
-            if (lot->size >= step) {
-                pd->pace_size += step;
-            }
-        } else {
-            pd->pace_size = MAX(pd->pace_size - step, POSTCOPY_DEVICE_PACE_MIN);
+        if (took <= may_take) {
+            size = MAX(size, pd->pace_size);
         }
+        step = pd->pace_size / POSTCOPY_DEVICE_PACE_LOTS;
+        size = MIN(MAX(size, pd->pace_size - step), pd->pace_size + step);
+        pd->pace_size = MAX(size, POSTCOPY_DEVICE_PACE_MIN);
     }
 }
 
@@ -378,12 +384,13 @@ static void postcopy_device_pace(PostcopyDeviceSource *pd, int64_t now)
 static bool postcopy_device_send_background(MigrationState *s)
 {
     PostcopyDeviceSource *pd = &s->postcopy_device;
-    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    int64_t waited = qemu_clock_get_us(QEMU_CLOCK_REALTIME) -
+                     pd->start_time * 1000;
+    /* What comes behind them is delayed by what this is above a round trip. */
+    int64_t may_take = pd->round_trip + waited / POSTCOPY_DEVICE_PACE_PART;
     PostcopyDeviceLot *lot;
-    uint64_t sent;
 
-    if ((now - pd->start_time * SCALE_MS) / SCALE_US +
-        qatomic_read(&pd->round_trip) >= POSTCOPY_DEVICE_PACE_US) {
+    if (may_take >= POSTCOPY_DEVICE_PACE_US) {
         pd->pace_begun = true;
     }
     if (!pd->pace_begun || !postcopy_device_may_pace()) {
@@ -391,25 +398,27 @@ static bool postcopy_device_send_background(MigrationState *s)
     }
 
     if (pd->pace_sent) {
-        postcopy_device_pace(pd, now);
+        postcopy_device_pace(pd, waited, may_take);
     } else {
         pd->pace_size = postcopy_device_pace_first(s);
+        pd->pace_arrived_end = qemu_file_transferred(s->to_dst_file);
     }
     if (pd->pace_sent - pd->pace_seen == POSTCOPY_DEVICE_PACE_LOTS ||
         !ram_postcopy_bytes_remaining()) {
         return false;
     }
 
-    sent = qemu_file_transferred(s->to_dst_file);
-    pd->pace_end = sent + pd->pace_size;
-    pd->pace_zero_end = stat64_get(&mig_stats.zero_pages) +
-                        POSTCOPY_DEVICE_PACE_ZERO;
+    pd->pace_end = qemu_file_transferred(s->to_dst_file) + pd->pace_size;
+    pd->pace_zero_end = stat64_get(&mig_stats.zero_pages) + 1 +
+                        may_take / POSTCOPY_DEVICE_PACE_ZERO_US /
+                        POSTCOPY_DEVICE_PACE_LOTS;
     qemu_savevm_state_iterate(s->to_dst_file, true);
     pd->pace_end = 0;
 
     lot = &pd->pace_lots[pd->pace_sent++ % POSTCOPY_DEVICE_PACE_LOTS];
-    lot->time = now;
-    lot->size = qemu_file_transferred(s->to_dst_file) - sent;
+    lot->time = waited;
+    lot->end = qemu_file_transferred(s->to_dst_file);
+    lot->under_way = lot->end - pd->pace_arrived_end;
     qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_PACE);
 
     return true;
@@ -438,7 +447,8 @@ static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
         }
 
         if (!pd->pace_begun && postcopy_device_may_pace()) {
-            qemu_sem_timedwait(&pd->wake, POSTCOPY_DEVICE_PACE_US / 1000);
+            qemu_sem_timedwait(&pd->wake, POSTCOPY_DEVICE_PACE_US *
+                                          POSTCOPY_DEVICE_PACE_PART / 1000);
         } else if (qatomic_read(&pd->held)) {
             qemu_sem_wait(&pd->wake);
         } else if (qemu_sem_timedwait(&pd->wake, POSTCOPY_DEVICE_NUDGE_MS)) {

@@ -56,10 +56,14 @@ typedef enum PostcopyDeviceOwner {
     POSTCOPY_DEVICE_OWNER_CANCELLED,
 } PostcopyDeviceOwner;
 
-/* Some background pages: when sending them began (ns), how much it was (bytes) */
+/*
+ * Some background pages: when sending them began (us since start_time), where
+ * they end (bytes since the migration began), and how much was under way then
+ */
 typedef struct PostcopyDeviceLot {
     int64_t time;
-    uint64_t size;
+    uint64_t end;
+    uint64_t under_way;
 } PostcopyDeviceLot;
 
 /* Source side; lives in MigrationState and is set up for every migration */
@@ -91,30 +95,25 @@ typedef struct PostcopyDeviceSource {
     bool loaded;
     /* The return path thread has ended.  Same threads. */
     bool rp_closed;
-    /*
-     * When HOLD was sent first, and how long it took to be answered (us): set
-     * by the migration thread and by the return path thread, read by the other.
-     */
-    unsigned hold_sent;
-    unsigned round_trip;
     /* So many lots of background pages have arrived.  Same threads. */
     unsigned pace_arrived;
     /*
-     * When the package was complete (ms), or 0 if it has not come to that.
-     * Migration thread only, like the rest.
+     * How long a round trip takes as long as the link is idle (us), 0 if this is
+     * unknown.  Migration thread only, like the rest.
      */
+    uint64_t round_trip;
+    /* When the package was complete (ms), or 0 if it has not come to that */
     int64_t start_time;
     /* Background pages are sent now */
     bool pace_begun;
     /*
      * Lots of them: how many were sent, those that may be under way, how many
-     * of them are known to have arrived, and how long the fastest and its PONG
-     * took (ns)
+     * of them are known to have arrived, and the end of the last of these
      */
     unsigned pace_sent;
     PostcopyDeviceLot pace_lots[POSTCOPY_DEVICE_PACE_LOTS];
     unsigned pace_seen;
-    int64_t pace_fastest;
+    uint64_t pace_arrived_end;
     /*
      * The size of a lot (bytes), and where the next one ends at the latest: in
      * bytes and in zero pages since the migration began

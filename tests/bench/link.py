@@ -63,6 +63,10 @@ class Link:
         _ip([], f'link set far netns {self.holder.pid}',
             *self._commands('near', NEAR, FAR))
         _ip(self.wrapper, *self._commands('far', FAR, NEAR))
+        # Or a connection starts with what TCP has learned from an earlier one.
+        with open('/proc/sys/net/ipv4/tcp_no_metrics_save', 'w',
+                  encoding='ascii') as no_metrics_save:
+            no_metrics_save.write('1')
         self.shape = multiprocessing.Array('d', (1e9, 0))
         self.process = multiprocessing.Process(target=self._run, daemon=True)
         self.process.start()
