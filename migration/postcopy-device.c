@@ -12,6 +12,7 @@
 #include "qapi/error.h"
 #include "qemu/error-report.h"
 #include "exec/cpu-common.h"
+#include "exec/memory.h"
 #include "block/block-global-state.h"
 #include "io/channel-buffer.h"
 #include "io/channel-socket.h"
@@ -729,6 +730,114 @@ postcopy_device_incoming_decide(MigrationIncomingState *mis,
     return outcome;
 }
 
+static void postcopy_device_incoming_continue(PostcopyDeviceIncoming *pd)
+{
+    if (pd->waiting) {
+        aio_co_wake(pd->waiting);
+    }
+}
+
+static void postcopy_device_incoming_placed_bh(void *opaque)
+{
+    MigrationIncomingState *mis = opaque;
+
+    postcopy_device_incoming_continue(&mis->postcopy_device);
+}
+
+void postcopy_device_incoming_placed(MigrationIncomingState *mis, void *host)
+{
+    PostcopyDeviceIncoming *pd = &mis->postcopy_device;
+
+    if (host == pd->awaited) {
+        pd->awaited = NULL;
+        migration_bh_schedule(postcopy_device_incoming_placed_bh, mis);
+    }
+}
+
+/*
+ * Find a page that the source will send.
+ *
+ * Returns: where it is to be in this process; NULL if it is here, or if it does
+ *          not come from the source at all
+ */
+static void *postcopy_device_incoming_find(AddressSpace *as, hwaddr addr,
+                                           RAMBlock **rb, ram_addr_t *offset)
+{
+    hwaddr xlat, len = 1;
+    MemoryRegion *mr;
+    void *host;
+
+    RCU_READ_LOCK_GUARD();
+
+    mr = address_space_translate(as, addr, &xlat, &len, false,
+                                 MEMTXATTRS_UNSPECIFIED);
+    if (!memory_region_is_ram(mr)) {
+        return NULL;
+    }
+    host = memory_region_get_ram_ptr(mr) + xlat;
+    *rb = qemu_ram_block_from_host(host, false, offset);
+    if (!*rb || migrate_ram_is_ignored(*rb)) {
+        return NULL;
+    }
+
+    host = QEMU_ALIGN_PTR_DOWN(host, qemu_ram_pagesize(*rb));
+    *offset = QEMU_ALIGN_DOWN(*offset, qemu_ram_pagesize(*rb));
+    if (ramblock_recv_bitmap_test_byte_offset(*rb, *offset) ||
+        ramblock_page_is_discarded(*rb, *offset)) {
+        return NULL;
+    }
+    return host;
+}
+
+int coroutine_mixed_fn migration_incoming_get_pages(AddressSpace *as,
+                                                    const hwaddr *addrs,
+                                                    size_t n)
+{
+    MigrationIncomingState *mis = migration_incoming_get_current();
+    PostcopyDeviceIncoming *pd = &mis->postcopy_device;
+    PostcopyDeviceOutcome outcome = qatomic_read(&pd->outcome);
+    RAMBlock *rb;
+    ram_addr_t offset;
+    void *host;
+    size_t i;
+    int ret;
+
+    if (!migrate_postcopy_ram() || !qemu_in_coroutine() ||
+        outcome == POSTCOPY_DEVICE_NONE || outcome == POSTCOPY_DEVICE_LOADED) {
+        return 0;
+    }
+
+    for (i = 0; i < n; i++) {
+        host = postcopy_device_incoming_find(as, addrs[i], &rb, &offset);
+        if (host) {
+            ret = migrate_send_rp_req_pages(mis, rb, offset, (uintptr_t)host);
+            if (ret < 0) {
+                return ret;
+            }
+        }
+    }
+
+    pd->waiting = qemu_coroutine_self();
+    for (i = 0; i < n; i++) {
+        /* When there is no listen thread any more, no page will come */
+        while (!pd->listen_ended) {
+            WITH_QEMU_LOCK_GUARD(&mis->page_request_mutex) {
+                host = postcopy_device_incoming_find(as, addrs[i], &rb,
+                                                     &offset);
+                pd->awaited = host;
+            }
+            if (!host) {
+                break;
+            }
+            trace_postcopy_device_incoming_await(host);
+            qemu_coroutine_yield();
+        }
+    }
+    pd->waiting = NULL;
+
+    return pd->listen_ended ? -EIO : 0;
+}
+
 static void postcopy_device_activate_disks_bh(void *opaque)
 {
     MigrationIncomingState *mis = opaque;
@@ -920,9 +1029,7 @@ static void postcopy_device_incoming_listen_end_bh(void *opaque)
         postcopy_device_release_disks_bh(pd);
     }
     pd->listen_ended = true;
-    if (pd->waiting) {
-        aio_co_wake(pd->waiting);
-    }
+    postcopy_device_incoming_continue(pd);
 }
 
 void postcopy_device_incoming_listen_end(MigrationIncomingState *mis)

@@ -155,11 +155,16 @@ typedef struct PostcopyDeviceIncoming {
      * With both of them the guest starts.
      */
     unsigned go;
+    /*
+     * The page that the load waits for, or NULL.  Main thread and those that
+     * place pages, with page_request_mutex held.
+     */
+    void *awaited;
     /* The rest is used by the main thread only, with the BQL held */
     bool disks_activated;
     bool started;
     bool listen_ended;
-    /* Who waits for the disks, and for the listen thread */
+    /* Who waits for the disks, and for a page or the listen thread */
     Coroutine *preparing;
     Coroutine *waiting;
 } PostcopyDeviceIncoming;
@@ -355,6 +360,17 @@ void postcopy_device_incoming_init(MigrationIncomingState *mis);
  * coroutine.
  */
 void postcopy_device_incoming_listen(MigrationIncomingState *mis);
+
+/**
+ * postcopy_device_incoming_placed: a page has arrived
+ *
+ * @mis: the incoming migration
+ * @host: where it is
+ *
+ * Lets the load go on if it waits for this page.  Any thread that places pages,
+ * with page_request_mutex held.
+ */
+void postcopy_device_incoming_placed(MigrationIncomingState *mis, void *host);
 
 /**
  * postcopy_device_incoming_ping: act on a PING before it is answered

@@ -8,6 +8,7 @@
 #include "qemu/osdep.h"
 #include <sys/un.h>
 #include "libqtest.h"
+#include "migration/bootfile.h"
 #include "migration/fault-proxy.h"
 #include "migration/framework.h"
 #include "migration/migration-qmp.h"
@@ -29,6 +30,8 @@
 /* A section that every machine has in its device state */
 #define SPOILED_SECTION "timer"
 
+#define XHCI_OPTS "-device qemu-xhci -device usb-kbd"
+#define VMGENID_OPTS "-device vmgenid"
 #define VIRTIO_OPTS \
     "-blockdev null-co,node-name=node0,size=1073741824,read-zeroes=on " \
     "-device virtio-blk-pci,drive=node0"
@@ -79,7 +82,13 @@ typedef struct DeviceTest {
      * destination reads guest memory that has not been sent (x86 only)
      */
     bool virtio;
-    /* It has another number of queues on the destination */
+    /* The same with a USB keyboard at an xHCI controller (x86 only) */
+    bool xhci;
+    /* The same with a VM generation ID (x86 only) */
+    bool vmgenid;
+    /* The main loop of the destination is stuck in a page fault as well */
+    bool stuck;
+    /* The virtio-blk device has another number of queues on the destination */
     bool virtio_mismatch;
     /* The destination does not know that it is to wait for START */
     bool no_hold;
@@ -498,7 +507,9 @@ static bool device_test_start(DeviceTest *t, bool hide_stderr)
 {
     const char *opts = has_bitmap(t) ?
             "-blockdev null-co,node-name=node0,size=1099511627776" :
-        t->virtio ? VIRTIO_OPTS : "";
+        t->virtio ? VIRTIO_OPTS :
+        t->xhci ? XHCI_OPTS :
+        t->vmgenid ? VMGENID_OPTS : "";
     g_autofree char *log = t->log ? log_opts() : NULL;
     g_autofree char *src_opts = g_strjoin(" ", opts, log, NULL);
     g_autofree char *dst_opts = g_strconcat(opts, t->virtio_mismatch ?
@@ -745,6 +756,31 @@ static void test_success_preempt(void)
     run_success(&(DeviceTest) { .preempt = true });
 }
 
+/*
+ * While the destination is kept waiting for a page, have its main loop read
+ * memory that has not been sent, either.
+ */
+static void get_stuck(DeviceTest *t)
+{
+    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_REQ_PAGES, 0,
+                     FAULT_PROXY_HOLD, FAULT_PROXY_FORWARD);
+    step("waiting for the main loop of the destination to be stuck");
+    qtest_qmp_send(t->dst.qts, "{ 'execute': 'pmemsave', 'arguments': {"
+                   " 'val': 0, 'size': %d, 'filename': '/dev/null' } }",
+                   X86_TEST_MEM_END);
+    fault_proxy_wait(t->proxy);
+}
+
+static void get_unstuck(DeviceTest *t)
+{
+    QDict *rsp;
+
+    step("waiting for the main loop of the destination to go on");
+    rsp = qtest_qmp_receive(t->dst.qts);
+    g_assert(qdict_haskey(rsp, "return"));
+    qobject_unref(rsp);
+}
+
 /* The firmware's driver is running: loading needs a page from the source */
 static void run_success_page_fault(DeviceTest *t)
 {
@@ -759,8 +795,16 @@ static void run_success_page_fault(DeviceTest *t)
     fault_proxy_wait(t->proxy);
     check_migration_status(&t->src, "postcopy-device");
     check_qmp_answers(&t->src);
+    if (t->stuck) {
+        get_stuck(t);
+    } else {
+        check_qmp_answers(&t->dst);
+    }
 
     fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    if (t->stuck) {
+        get_unstuck(t);
+    }
     expect_success(t);
     end_on_destination(t);
 }
@@ -768,6 +812,21 @@ static void run_success_page_fault(DeviceTest *t)
 static void test_success_page_fault(void)
 {
     run_success_page_fault(&(DeviceTest) { .virtio = true });
+}
+
+static void test_success_page_fault_xhci(void)
+{
+    run_success_page_fault(&(DeviceTest) { .xhci = true });
+}
+
+static void test_success_page_fault_vmgenid(void)
+{
+    run_success_page_fault(&(DeviceTest) { .vmgenid = true });
+}
+
+static void test_success_page_fault_stuck(void)
+{
+    run_success_page_fault(&(DeviceTest) { .virtio = true, .stuck = true });
 }
 
 static void test_success_page_fault_preempt(void)
@@ -1151,7 +1210,7 @@ static void test_yank_source(void)
 static void run_yank_destination(DeviceTest *t, FaultProxyPoint point)
 {
     t->no_exit = true;
-    t->oob = true;
+    t->oob = t->stuck;
     if (!device_test_start(t, true)) {
         return;
     }
@@ -1164,7 +1223,13 @@ static void run_yank_destination(DeviceTest *t, FaultProxyPoint point)
     if (t->virtio) {
         expect_statuses(&t->dst, "postcopy-device", NULL);
     }
-    yank(&t->dst, t->virtio);
+    if (t->stuck) {
+        get_stuck(t);
+    }
+    yank(&t->dst, t->stuck);
+    if (t->stuck) {
+        get_unstuck(t);
+    }
     expect_destination_fails(t, NULL);
     expect_source_resumes(t);
     end_on_source(t);
@@ -1176,7 +1241,6 @@ static void test_yank_read(void)
     run_yank_destination(&(DeviceTest) { }, FAULT_PROXY_IN_PACKAGE);
 }
 
-/* Its main loop waits for a page: only out-of-band commands are answered. */
 static void test_yank_page_fault(void)
 {
     run_yank_destination(&(DeviceTest) { .virtio = true },
@@ -1187,6 +1251,74 @@ static void test_yank_page_fault_preempt(void)
 {
     run_yank_destination(&(DeviceTest) { .virtio = true, .preempt = true },
                          FAULT_PROXY_BEHIND_REQ_PAGES);
+}
+
+/*
+ * No page will come any more for the load of the device, nor for the main loop,
+ * which would have to notice.
+ */
+static void run_cut_stuck(DeviceTest *t)
+{
+    if (!device_test_start(t, true)) {
+        return;
+    }
+    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_REQ_PAGES, 0,
+                     FAULT_PROXY_HOLD, FAULT_PROXY_FORWARD);
+    device_test_start_postcopy(t);
+    expect_statuses(&t->src, "postcopy-device", NULL);
+    step("waiting for the destination to ask for a page");
+    fault_proxy_wait(t->proxy);
+    get_stuck(t);
+    fault_proxy_cut(t->proxy);
+    expect_source_resumes(t);
+    expect_destination_fails(t, NULL);
+    end_on_source(t);
+}
+
+static void test_cut_stuck(void)
+{
+    run_cut_stuck(&(DeviceTest) { .virtio = true });
+}
+
+static void test_cut_stuck_preempt(void)
+{
+    run_cut_stuck(&(DeviceTest) { .virtio = true, .preempt = true });
+}
+
+/* Only out-of-band commands are answered then. */
+static void test_yank_stuck(void)
+{
+    run_yank_destination(&(DeviceTest) { .virtio = true, .stuck = true },
+                         FAULT_PROXY_BEHIND_REQ_PAGES);
+}
+
+static void test_yank_stuck_preempt(void)
+{
+    run_yank_destination(&(DeviceTest) { .virtio = true, .stuck = true,
+                                         .preempt = true },
+                         FAULT_PROXY_BEHIND_REQ_PAGES);
+}
+
+/* The user gives up a destination that waits for a page. */
+static void test_quit_page_fault(void)
+{
+    DeviceTest t = { .virtio = true };
+
+    if (!device_test_start(&t, true)) {
+        return;
+    }
+    fault_proxy_trap(t.proxy, FAULT_PROXY_BEHIND_REQ_PAGES, 0,
+                     FAULT_PROXY_HOLD, FAULT_PROXY_FORWARD);
+    device_test_start_postcopy(&t);
+    expect_statuses(&t.src, "postcopy-device", NULL);
+    step("waiting for the destination to ask for a page");
+    fault_proxy_wait(t.proxy);
+    step("quit on the destination");
+    qtest_qmp_assert_success(t.dst.qts, "{ 'execute': 'quit' }");
+    step("waiting for the destination to exit");
+    qtest_wait_qemu(t.dst.qts);
+    expect_source_resumes(&t);
+    end_on_source(&t);
 }
 
 /*** The destination dies ***/
@@ -2017,6 +2149,10 @@ void migration_test_add_postcopy_device(MigrationTestEnv *env)
                            test_load_error_mismatch);
         migration_test_add("/migration/postcopy-device/page-fault/plain",
                            test_success_page_fault);
+        migration_test_add("/migration/postcopy-device/page-fault/xhci",
+                           test_success_page_fault_xhci);
+        migration_test_add("/migration/postcopy-device/page-fault/vmgenid",
+                           test_success_page_fault_vmgenid);
         migration_test_add("/migration/postcopy-device/page-fault/preempt",
                            test_success_page_fault_preempt);
         migration_test_add("/migration/postcopy-device/page-fault/bandwidth",
@@ -2027,6 +2163,23 @@ void migration_test_add_postcopy_device(MigrationTestEnv *env)
                            test_yank_page_fault);
         migration_test_add("/migration/postcopy-device/page-fault/yank/preempt",
                            test_yank_page_fault_preempt);
+        migration_test_add(
+            "/migration/postcopy-device/page-fault/stuck/plain",
+            test_success_page_fault_stuck);
+        migration_test_add(
+            "/migration/postcopy-device/page-fault/stuck/cut/plain",
+            test_cut_stuck);
+        migration_test_add(
+            "/migration/postcopy-device/page-fault/stuck/cut/preempt",
+            test_cut_stuck_preempt);
+        migration_test_add("/migration/postcopy-device/page-fault/quit",
+                           test_quit_page_fault);
+        migration_test_add(
+            "/migration/postcopy-device/page-fault/stuck/yank/plain",
+            test_yank_stuck);
+        migration_test_add(
+            "/migration/postcopy-device/page-fault/stuck/yank/preempt",
+            test_yank_stuck_preempt);
         migration_test_add("/migration/postcopy-device/page-fault/cut/plain",
                            test_cut_page_fault);
         migration_test_add("/migration/postcopy-device/page-fault/cut/no-exit",
