@@ -31,10 +31,12 @@
 
 #define POSTCOPY_DEVICE_NUDGE_MS    100
 
-/* Background pages may delay the guest's start by this part of its pause */
-#define POSTCOPY_DEVICE_PACE_PART   64
-/* They are not worth it, unless one is requested, if they may not take so long */
-#define POSTCOPY_DEVICE_PACE_US     250
+/*
+ * Background pages may delay the guest's start by this part of its pause, but
+ * by no more than so many us
+ */
+#define POSTCOPY_DEVICE_PACE_PART   16
+#define POSTCOPY_DEVICE_PACE_US     1000
 /* A lot of them has at least so many bytes, and at most so many at first */
 #define POSTCOPY_DEVICE_PACE_MIN    (4 * KiB)
 #define POSTCOPY_DEVICE_PACE_FIRST  (1 * MiB)
@@ -54,7 +56,6 @@ void postcopy_device_init(MigrationState *s)
     pd->rp_closed = false;
     pd->round_trip = 0;
     pd->pace_arrived = 0;
-    pd->pace_begun = false;
     pd->pace_sent = 0;
     pd->pace_seen = 0;
     pd->pace_arrived_end = 0;
@@ -388,13 +389,12 @@ static bool postcopy_device_send_background(MigrationState *s)
     int64_t waited = qemu_clock_get_us(QEMU_CLOCK_REALTIME) -
                      pd->start_time * 1000;
     /* What comes behind them is delayed by what this is above a round trip. */
-    int64_t may_take = pd->round_trip + waited / POSTCOPY_DEVICE_PACE_PART;
+    int64_t may_take = pd->round_trip +
+                       MIN(waited / POSTCOPY_DEVICE_PACE_PART,
+                           POSTCOPY_DEVICE_PACE_US);
     PostcopyDeviceLot *lot;
 
-    if (may_take >= POSTCOPY_DEVICE_PACE_US) {
-        pd->pace_begun = true;
-    }
-    if (!pd->pace_begun || !postcopy_device_may_pace()) {
+    if (!postcopy_device_may_pace()) {
         return false;
     }
 
@@ -438,7 +438,6 @@ static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
         }
         if (ram_postcopy_has_request()) {
             qemu_savevm_state_iterate(s->to_dst_file, true);
-            pd->pace_begun = true;
             /* The next may well be wanted from below this one */
             ram_postcopy_rewind(pd->pace_size * POSTCOPY_DEVICE_PACE_LOTS);
             continue;
@@ -447,10 +446,7 @@ static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
             continue;
         }
 
-        if (!pd->pace_begun && postcopy_device_may_pace()) {
-            qemu_sem_timedwait(&pd->wake, POSTCOPY_DEVICE_PACE_US *
-                                          POSTCOPY_DEVICE_PACE_PART / 1000);
-        } else if (qatomic_read(&pd->held)) {
+        if (qatomic_read(&pd->held)) {
             qemu_sem_wait(&pd->wake);
         } else if (qemu_sem_timedwait(&pd->wake, POSTCOPY_DEVICE_NUDGE_MS)) {
             /*

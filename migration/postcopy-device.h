@@ -104,11 +104,10 @@ typedef struct PostcopyDeviceSource {
     uint64_t round_trip;
     /* When the package was complete (ms), or 0 if it has not come to that */
     int64_t start_time;
-    /* Background pages are sent now */
-    bool pace_begun;
     /*
-     * Lots of them: how many were sent, those that may be under way, how many
-     * of them are known to have arrived, and the end of the last of these
+     * Lots of background pages: how many were sent, those that may be under
+     * way, how many of them are known to have arrived, and the end of the last
+     * of these
      */
     unsigned pace_sent;
     PostcopyDeviceLot pace_lots[POSTCOPY_DEVICE_PACE_LOTS];
