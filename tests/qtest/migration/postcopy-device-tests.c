@@ -7,6 +7,7 @@
 
 #include "qemu/osdep.h"
 #include <sys/un.h>
+#include "qemu/units.h"
 #include "libqtest.h"
 #include "migration/bootfile.h"
 #include "migration/fault-proxy.h"
@@ -1157,6 +1158,36 @@ static void test_stall_before_pong(void)
     run_stall(FAULT_PROXY_BEFORE_PONG, PING_LOADED);
 }
 
+/* Nothing moves any more while the source sends what is left of the RAM. */
+static void test_stall_completion(void)
+{
+    DeviceTest t = { };
+    int64_t first, before, sent;
+
+    if (!device_test_start(&t, false)) {
+        return;
+    }
+    hold_pong(&t);
+    first = sent = read_ram_property_int(t.src.qts, "transferred");
+    /* All that is left counts as little enough to complete the migration */
+    migrate_set_parameter_int(t.src.qts, "downtime-limit", 2000 * 1000);
+    fault_proxy_set_mode(t.proxy, FAULT_PROXY_STALL, FAULT_PROXY_FORWARD);
+    expect_statuses(&t.src, "postcopy-active", NULL);
+    do {
+        before = sent;
+        /* Nothing tells when the source can send no more */
+        g_usleep(200 * 1000);
+        check_qmp_answers(&t.src);
+        sent = read_ram_property_int(t.src.qts, "transferred");
+    } while (sent != before || sent < first + MiB / 8);
+
+    fault_proxy_set_mode(t.proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    expect_statuses(&t.dst, "postcopy-active", NULL);
+    expect_completed(&t);
+    expect_resume(&t.dst);
+    end_on_destination(&t);
+}
+
 static void test_stall_frozen(void)
 {
     DeviceTest t = { };
@@ -2022,6 +2053,8 @@ void migration_test_add_postcopy_device(MigrationTestEnv *env)
                        test_stall_in_package);
     migration_test_add("/migration/postcopy-device/stall/before-pong",
                        test_stall_before_pong);
+    migration_test_add("/migration/postcopy-device/stall/completion",
+                       test_stall_completion);
     migration_test_add("/migration/postcopy-device/stall/frozen",
                        test_stall_frozen);
     migration_test_add("/migration/postcopy-device/retry/plain", test_retry);
