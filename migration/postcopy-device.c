@@ -761,28 +761,22 @@ static void *postcopy_device_incoming_find(AddressSpace *as, hwaddr addr,
 {
     hwaddr xlat, len = 1;
     MemoryRegion *mr;
-    void *host;
 
     RCU_READ_LOCK_GUARD();
 
     mr = address_space_translate(as, addr, &xlat, &len, false,
                                  MEMTXATTRS_UNSPECIFIED);
-    if (!memory_region_is_ram(mr)) {
-        return NULL;
-    }
-    host = memory_region_get_ram_ptr(mr) + xlat;
-    *rb = qemu_ram_block_from_host(host, false, offset);
+    *rb = mr->ram_block;
     if (!*rb || migrate_ram_is_ignored(*rb)) {
         return NULL;
     }
 
-    host = QEMU_ALIGN_PTR_DOWN(host, qemu_ram_pagesize(*rb));
-    *offset = QEMU_ALIGN_DOWN(*offset, qemu_ram_pagesize(*rb));
+    *offset = QEMU_ALIGN_DOWN(xlat, qemu_ram_pagesize(*rb));
     if (ramblock_recv_bitmap_test_byte_offset(*rb, *offset) ||
         ramblock_page_is_discarded(*rb, *offset)) {
         return NULL;
     }
-    return host;
+    return memory_region_get_ram_ptr(mr) + *offset;
 }
 
 int coroutine_mixed_fn migration_incoming_get_pages(AddressSpace *as,
