@@ -751,7 +751,7 @@ void postcopy_device_incoming_placed(MigrationIncomingState *mis, void *host)
 }
 
 /*
- * Find a page that the source will send.
+ * Find a page that the source will send.  With page_request_mutex held.
  *
  * Returns: where it is to be in this process; NULL if it is here, or if it does
  *          not come from the source at all
@@ -798,7 +798,9 @@ int coroutine_mixed_fn migration_incoming_get_pages(AddressSpace *as,
     }
 
     for (i = 0; i < n; i++) {
-        host = postcopy_device_incoming_find(as, addrs[i], &rb, &offset);
+        WITH_QEMU_LOCK_GUARD(&mis->page_request_mutex) {
+            host = postcopy_device_incoming_find(as, addrs[i], &rb, &offset);
+        }
         if (host) {
             ret = migrate_send_rp_req_pages(mis, rb, offset, (uintptr_t)host);
             if (ret < 0) {
