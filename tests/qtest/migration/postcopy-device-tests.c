@@ -31,6 +31,12 @@
 /* A section that every machine has in its device state */
 #define SPOILED_SECTION "timer"
 
+/*
+ * The guest dirties its memory over and over: in so much of it there are pages
+ * that have to be sent again.
+ */
+#define STUCK_SIZE      (8 * MiB)
+
 #define XHCI_OPTS "-device qemu-xhci -device usb-kbd"
 #define VMGENID_OPTS "-device vmgenid"
 #define VIRTIO_OPTS \
@@ -767,8 +773,8 @@ static void get_stuck(DeviceTest *t)
                      FAULT_PROXY_HOLD, FAULT_PROXY_FORWARD);
     step("waiting for the main loop of the destination to be stuck");
     qtest_qmp_send(t->dst.qts, "{ 'execute': 'pmemsave', 'arguments': {"
-                   " 'val': 0, 'size': %d, 'filename': '/dev/null' } }",
-                   X86_TEST_MEM_END);
+                   " 'val': %d, 'size': %d, 'filename': '/dev/null' } }",
+                   X86_TEST_MEM_START, (int)STUCK_SIZE);
     fault_proxy_wait(t->proxy);
 }
 
