@@ -344,9 +344,14 @@ static bool postcopy_device_may_pace(void)
  */
 static uint64_t postcopy_device_pace_first(MigrationState *s)
 {
+    PostcopyDeviceSource *pd = &s->postcopy_device;
     PostcopyDeviceLink link = postcopy_device_query_link(s);
-    uint64_t size = link.window * s->postcopy_device.round_trip /
-                    MAX(link.round_trip, 1) / POSTCOPY_DEVICE_PACE_LOTS;
+    uint64_t size;
+
+    /* When the migration began, TCP had seen a single one, maybe a slow one. */
+    pd->round_trip = MIN(pd->round_trip, link.round_trip);
+    size = link.window * pd->round_trip / MAX(link.round_trip, 1) /
+           POSTCOPY_DEVICE_PACE_LOTS;
 
     return MIN(MAX(size, POSTCOPY_DEVICE_PACE_MIN), POSTCOPY_DEVICE_PACE_FIRST);
 }
@@ -367,7 +372,7 @@ static void postcopy_device_pace(PostcopyDeviceSource *pd, int64_t waited,
                         POSTCOPY_DEVICE_PACE_LOTS;
         uint64_t step;
 
-        trace_postcopy_device_pace(lot->under_way, took);
+        trace_postcopy_device_pace(lot->under_way, took, may_take);
         pd->pace_arrived_end = lot->end;
         if (pd->pace_seen <= POSTCOPY_DEVICE_PACE_LOTS) {
             /* It has also waited for the package. */
