@@ -98,8 +98,8 @@ typedef struct PostcopyDeviceSource {
     /* So many lots of background pages have arrived.  Same threads. */
     unsigned pace_arrived;
     /*
-     * How long a round trip takes as long as the link is idle (us), 0 if this is
-     * unknown.  Migration thread only, like the rest.
+     * How long a round trip takes as long as the link is idle (us), 0 if this
+     * is unknown.  Migration thread only, like the rest.
      */
     uint64_t round_trip;
     /* When the package was complete (ms), or 0 if it has not come to that */

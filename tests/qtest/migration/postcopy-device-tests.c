@@ -37,6 +37,11 @@
  */
 #define STUCK_SIZE      (8 * MiB)
 
+/* Descriptors, available ring and used ring of a queue have a page each. */
+#define RING_PAGES      3
+#define RING_ALIGN      4096
+#define RINGS_START     X86_TEST_MEM_END
+
 #define XHCI_OPTS "-device qemu-xhci -device usb-kbd"
 #define VMGENID_OPTS "-device vmgenid"
 #define VIRTIO_OPTS \
@@ -89,6 +94,8 @@ typedef struct DeviceTest {
      * destination reads guest memory that has not been sent (x86 only)
      */
     bool virtio;
+    /* So many queues, and all of them are in use; 0: one */
+    unsigned queues;
     /* The same with a USB keyboard at an xHCI controller (x86 only) */
     bool xhci;
     /* The same with a VM generation ID (x86 only) */
@@ -395,6 +402,42 @@ static void check_log(const char *const *log)
 
 /*** The parts of a test ***/
 
+static uint32_t pci_config(QTestState *qts, unsigned dev, unsigned offset)
+{
+    qtest_outl(qts, 0xcf8, 0x80000000 | dev << 11 | offset);
+    return qtest_inl(qts, 0xcfc);
+}
+
+/*
+ * The firmware uses the first queue of the virtio-blk device.  Use the others
+ * as well, with their rings where the guest does not check its memory.
+ */
+static void start_queues(DeviceTest *t)
+{
+    QTestState *src = t->src.qts;
+    unsigned page = RINGS_START / RING_ALIGN;
+    unsigned dev = 0, bar;
+
+    /* A transitional device, see the virtio specification, "Legacy Interface" */
+    while (pci_config(src, dev, 0) != 0x10011af4) {
+        g_assert_cmpint(++dev, <, 32);
+    }
+    bar = pci_config(src, dev, 0x10) & ~3;
+
+    for (unsigned queue = 1; queue < t->queues; queue++) {
+        qtest_outw(src, bar + 14, queue);
+        qtest_outl(src, bar + 8, page);
+        page += RING_PAGES;
+    }
+}
+
+/* Wherever a ring is read, this has to be sent again. */
+static void dirty_queues(DeviceTest *t)
+{
+    qtest_memset(t->src.qts, RINGS_START, 0,
+                 t->queues * RING_PAGES * RING_ALIGN);
+}
+
 static bool has_bitmap(DeviceTest *t)
 {
     return t->no_ram_left || t->bitmap_only;
@@ -518,8 +561,10 @@ static bool device_test_start(DeviceTest *t, bool hide_stderr)
         t->xhci ? XHCI_OPTS :
         t->vmgenid ? VMGENID_OPTS : "";
     g_autofree char *log = t->log ? log_opts() : NULL;
-    g_autofree char *src_opts = g_strjoin(" ", opts, log, NULL);
-    g_autofree char *dst_opts = g_strconcat(opts, t->virtio_mismatch ?
+    g_autofree char *queues = t->queues ?
+            g_strdup_printf(",num-queues=%u", t->queues) : g_strdup("");
+    g_autofree char *src_opts = g_strconcat(opts, queues, " ", log, NULL);
+    g_autofree char *dst_opts = g_strconcat(opts, queues, t->virtio_mismatch ?
                                             ",num-queues=2" : "",
                                             t->wait_for_cont ? " -S" : "",
                                             NULL);
@@ -555,6 +600,9 @@ static bool device_test_start(DeviceTest *t, bool hide_stderr)
     wait_for_serial("src_serial");
     wait_for_suspend(src, get_src());
     side_init(&t->src, "source", src);
+    if (t->queues) {
+        start_queues(t);
+    }
     if (t->paused) {
         qtest_qmp_assert_success(src, "{ 'execute': 'stop' }");
     }
@@ -794,8 +842,13 @@ static void run_success_page_fault(DeviceTest *t)
     if (!device_test_start(t, false)) {
         return;
     }
+    if (t->queues) {
+        dirty_queues(t);
+    }
+    /* When it asks for many, it must not wait for somebody to read that */
     fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_REQ_PAGES, 0,
-                     FAULT_PROXY_HOLD, FAULT_PROXY_FORWARD);
+                     FAULT_PROXY_HOLD,
+                     t->queues ? FAULT_PROXY_STALL : FAULT_PROXY_FORWARD);
     device_test_start_postcopy(t);
     expect_statuses(&t->src, "postcopy-device", NULL);
     step("waiting for the destination to ask for a page");
@@ -819,6 +872,11 @@ static void run_success_page_fault(DeviceTest *t)
 static void test_success_page_fault(void)
 {
     run_success_page_fault(&(DeviceTest) { .virtio = true });
+}
+
+static void test_success_page_fault_queues(void)
+{
+    run_success_page_fault(&(DeviceTest) { .virtio = true, .queues = 512 });
 }
 
 static void test_success_page_fault_xhci(void)
@@ -2188,6 +2246,8 @@ void migration_test_add_postcopy_device(MigrationTestEnv *env)
                            test_load_error_mismatch);
         migration_test_add("/migration/postcopy-device/page-fault/plain",
                            test_success_page_fault);
+        migration_test_add("/migration/postcopy-device/page-fault/queues",
+                           test_success_page_fault_queues);
         migration_test_add("/migration/postcopy-device/page-fault/xhci",
                            test_success_page_fault_xhci);
         migration_test_add("/migration/postcopy-device/page-fault/vmgenid",
