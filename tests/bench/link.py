@@ -90,9 +90,6 @@ class Link:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         for signum in INTERRUPTS:
             signal.signal(signum, signal.SIG_IGN)
-        # Like the network code of the kernel, it does not wait for a CPU.
-        with contextlib.suppress(PermissionError):
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
         with contextlib.suppress(OSError):      # the far end has vanished
             self._carry()
 
