@@ -696,7 +696,7 @@ void postcopy_device_guest_back(MigrationState *s)
 
 /*
  * So many requests for pages find room in a socket even if the source does not
- * read: Linux counts some 800 bytes for each, and has 208 KiB at least.
+ * read.  In a unix socket it is 278 with what Linux has by default.
  */
 #define POSTCOPY_DEVICE_REQUESTS    128
 

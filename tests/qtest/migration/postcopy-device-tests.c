@@ -9,6 +9,9 @@
 #include <sys/un.h>
 #include "qemu/units.h"
 #include "libqtest.h"
+#include "libqos/pci-pc.h"
+#include "hw/pci/pci.h"
+#include "standard-headers/linux/virtio_pci.h"
 #include "migration/bootfile.h"
 #include "migration/fault-proxy.h"
 #include "migration/framework.h"
@@ -39,7 +42,6 @@
 
 /* Descriptors, available ring and used ring of a queue have a page each. */
 #define RING_PAGES      3
-#define RING_ALIGN      4096
 #define RINGS_START     X86_TEST_MEM_END
 
 #define XHCI_OPTS "-device qemu-xhci -device usb-kbd"
@@ -69,6 +71,8 @@ typedef struct DeviceTest {
     Side src;
     Side dst;
     FaultProxy *proxy;
+    /* So many queues of the virtio-blk device are in use */
+    unsigned queues_started;
 
     /*** What to test, set before device_test_start() ***/
 
@@ -402,10 +406,22 @@ static void check_log(const char *const *log)
 
 /*** The parts of a test ***/
 
-static uint32_t pci_config(QTestState *qts, unsigned dev, unsigned offset)
+static void start_queues_of(QPCIDevice *dev, int devfn, void *opaque)
 {
-    qtest_outl(qts, 0xcf8, 0x80000000 | dev << 11 | offset);
-    return qtest_inl(qts, 0xcfc);
+    DeviceTest *t = opaque;
+    QTestState *src = t->src.qts;
+    uint32_t page = RINGS_START >> VIRTIO_PCI_QUEUE_ADDR_SHIFT;
+    uint32_t regs = qpci_config_readl(dev, PCI_BASE_ADDRESS_0) &
+                    PCI_BASE_ADDRESS_IO_MASK;
+
+    for (t->queues_started = 1; t->queues_started < t->queues;
+         t->queues_started++) {
+        qtest_outw(src, regs + VIRTIO_PCI_QUEUE_SEL, t->queues_started);
+        qtest_outl(src, regs + VIRTIO_PCI_QUEUE_PFN, page);
+        g_assert_cmphex(qtest_inl(src, regs + VIRTIO_PCI_QUEUE_PFN), ==, page);
+        page += RING_PAGES;
+    }
+    g_free(dev);
 }
 
 /*
@@ -414,28 +430,19 @@ static uint32_t pci_config(QTestState *qts, unsigned dev, unsigned offset)
  */
 static void start_queues(DeviceTest *t)
 {
-    QTestState *src = t->src.qts;
-    unsigned page = RINGS_START / RING_ALIGN;
-    unsigned dev = 0, bar;
+    QPCIBus *bus = qpci_new_pc(t->src.qts, NULL);
 
-    /* A transitional device, see the virtio specification, "Legacy Interface" */
-    while (pci_config(src, dev, 0) != 0x10011af4) {
-        g_assert_cmpint(++dev, <, 32);
-    }
-    bar = pci_config(src, dev, 0x10) & ~3;
-
-    for (unsigned queue = 1; queue < t->queues; queue++) {
-        qtest_outw(src, bar + 14, queue);
-        qtest_outl(src, bar + 8, page);
-        page += RING_PAGES;
-    }
+    qpci_device_foreach(bus, PCI_VENDOR_ID_REDHAT_QUMRANET,
+                        PCI_DEVICE_ID_VIRTIO_BLOCK, start_queues_of, t);
+    g_assert_cmpint(t->queues_started, ==, t->queues);
+    qpci_free_pc(bus);
 }
 
-/* Wherever a ring is read, this has to be sent again. */
+/* All of the rings have to be sent again. */
 static void dirty_queues(DeviceTest *t)
 {
     qtest_memset(t->src.qts, RINGS_START, 0,
-                 t->queues * RING_PAGES * RING_ALIGN);
+                 t->queues * RING_PAGES * VIRTIO_PCI_VRING_ALIGN);
 }
 
 static bool has_bitmap(DeviceTest *t)
