@@ -40,6 +40,13 @@
 /* A lot of them has at least so many bytes, and at most so many at first */
 #define POSTCOPY_DEVICE_PACE_MIN    (4 * KiB)
 #define POSTCOPY_DEVICE_PACE_FIRST  (1 * MiB)
+/*
+ * The link holds so many of them in a round trip.  The PONG of a lot comes when
+ * all of it has arrived; meanwhile the link is busy with one more.
+ */
+#define POSTCOPY_DEVICE_PACE_HOLDS  (POSTCOPY_DEVICE_PACE_LOTS - 1)
+/* A lot that the link is busy with for longer (us) is sent in slices */
+#define POSTCOPY_DEVICE_PACE_SLICE_US   1000
 /* What the destination needs for a zero page, which is nothing on the link */
 #define POSTCOPY_DEVICE_PACE_ZERO_US    4
 /* No page may be larger, as the link is busy with one until it is sent */
@@ -60,6 +67,9 @@ void postcopy_device_init(MigrationState *s)
     pd->pace_seen = 0;
     pd->pace_arrived_end = 0;
     pd->pace_size = 0;
+    pd->pace_slices = 0;
+    pd->pace_slice = 0;
+    pd->pace_due = 0;
     pd->pace_end = 0;
     pd->pace_zero_end = 0;
     pd->start_time = 0;
@@ -337,10 +347,10 @@ static bool postcopy_device_may_pace(void)
 }
 
 /*
- * The first lots are sent all at once, so together they are what the link holds
- * in a round trip: whatever has to wait for them is sent a round trip later,
- * when they are out of its way.  TCP's window has room for the queue in the
- * network, too, which shows as a longer round trip.
+ * How much of what the link holds goes into each of the first lots: whatever
+ * has to wait for them is sent a round trip later, when they are out of its
+ * way.  TCP's window has room for the queue in the network, too, which shows as
+ * a longer round trip.
  */
 static uint64_t postcopy_device_pace_first(MigrationState *s)
 {
@@ -351,7 +361,7 @@ static uint64_t postcopy_device_pace_first(MigrationState *s)
     /* When the migration began, TCP had seen a single one, maybe a slow one. */
     pd->round_trip = MIN(pd->round_trip, link.round_trip);
     size = link.window * pd->round_trip / MAX(link.round_trip, 1) /
-           POSTCOPY_DEVICE_PACE_LOTS;
+           POSTCOPY_DEVICE_PACE_HOLDS;
 
     return MIN(MAX(size, POSTCOPY_DEVICE_PACE_MIN), POSTCOPY_DEVICE_PACE_FIRST);
 }
@@ -387,8 +397,54 @@ static void postcopy_device_pace(PostcopyDeviceSource *pd, int64_t waited,
     }
 }
 
-/* Sends a lot of background pages unless there are enough under way. */
-static bool postcopy_device_send_background(MigrationState *s)
+/*
+ * Sends the slice of a lot that is due.  The slices of all lots are spread
+ * evenly: a page that was requested, or START, has to wait for one of them at
+ * most, and there is no burst that the network has no room for.
+ */
+static void postcopy_device_send_slice(MigrationState *s, int64_t waited,
+                                       int64_t may_take)
+{
+    PostcopyDeviceSource *pd = &s->postcopy_device;
+    int64_t lot_us = pd->round_trip / POSTCOPY_DEVICE_PACE_HOLDS;
+
+    if (!pd->pace_slice) {
+        pd->pace_slices = MIN(MAX(lot_us / POSTCOPY_DEVICE_PACE_SLICE_US, 1),
+                              pd->pace_size / POSTCOPY_DEVICE_PACE_MIN);
+    }
+    if (lot_us >= POSTCOPY_DEVICE_PACE_SLICE_US) {
+        int64_t slice_us = lot_us / pd->pace_slices;
+
+        /* Make up for one that was late */
+        pd->pace_due = MAX(pd->pace_due + slice_us, waited);
+    }
+
+    pd->pace_end = qemu_file_transferred(s->to_dst_file) +
+                   pd->pace_size / pd->pace_slices;
+    pd->pace_zero_end = stat64_get(&mig_stats.zero_pages) + 1 +
+                        may_take / POSTCOPY_DEVICE_PACE_ZERO_US /
+                        POSTCOPY_DEVICE_PACE_LOTS / pd->pace_slices;
+    qemu_savevm_state_iterate(s->to_dst_file, true);
+    pd->pace_end = 0;
+
+    if (++pd->pace_slice == pd->pace_slices) {
+        PostcopyDeviceLot *lot = &pd->pace_lots[pd->pace_sent++ %
+                                                POSTCOPY_DEVICE_PACE_LOTS];
+
+        lot->time = waited;
+        lot->end = qemu_file_transferred(s->to_dst_file);
+        lot->under_way = lot->end - pd->pace_arrived_end;
+        qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_PACE);
+        pd->pace_slice = 0;
+    }
+}
+
+/*
+ * Sends some background pages unless there are enough under way.  Returns in
+ * how many ms it wants to be called again, or -1 if there will be nothing to
+ * send before a PONG comes.
+ */
+static int postcopy_device_send_background(MigrationState *s)
 {
     PostcopyDeviceSource *pd = &s->postcopy_device;
     int64_t waited = qemu_clock_get_us(QEMU_CLOCK_REALTIME) -
@@ -397,13 +453,12 @@ static bool postcopy_device_send_background(MigrationState *s)
     int64_t may_take = pd->round_trip +
                        MIN(waited / POSTCOPY_DEVICE_PACE_PART,
                            POSTCOPY_DEVICE_PACE_US);
-    PostcopyDeviceLot *lot;
 
     if (!postcopy_device_may_pace()) {
-        return false;
+        return -1;
     }
 
-    if (pd->pace_sent) {
+    if (pd->pace_size) {
         postcopy_device_pace(pd, waited, may_take);
     } else {
         pd->pace_size = postcopy_device_pace_first(s);
@@ -411,28 +466,20 @@ static bool postcopy_device_send_background(MigrationState *s)
     }
     if (pd->pace_sent - pd->pace_seen == POSTCOPY_DEVICE_PACE_LOTS ||
         !ram_postcopy_bytes_remaining()) {
-        return false;
+        return -1;
+    }
+    if (waited < pd->pace_due) {
+        return DIV_ROUND_UP(pd->pace_due - waited, 1000);
     }
 
-    pd->pace_end = qemu_file_transferred(s->to_dst_file) + pd->pace_size;
-    pd->pace_zero_end = stat64_get(&mig_stats.zero_pages) + 1 +
-                        may_take / POSTCOPY_DEVICE_PACE_ZERO_US /
-                        POSTCOPY_DEVICE_PACE_LOTS;
-    qemu_savevm_state_iterate(s->to_dst_file, true);
-    pd->pace_end = 0;
-
-    lot = &pd->pace_lots[pd->pace_sent++ % POSTCOPY_DEVICE_PACE_LOTS];
-    lot->time = waited;
-    lot->end = qemu_file_transferred(s->to_dst_file);
-    lot->under_way = lot->end - pd->pace_arrived_end;
-    qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_PACE);
-
-    return true;
+    postcopy_device_send_slice(s, waited, may_take);
+    return 0;
 }
 
 static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
 {
     PostcopyDeviceSource *pd = &s->postcopy_device;
+    int delay_ms;
 
     while (true) {
         if (qatomic_read(&pd->loaded)) {
@@ -447,11 +494,14 @@ static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
             ram_postcopy_rewind(pd->pace_size * POSTCOPY_DEVICE_PACE_LOTS);
             continue;
         }
-        if (postcopy_device_send_background(s)) {
+        delay_ms = postcopy_device_send_background(s);
+        if (!delay_ms) {
             continue;
         }
 
-        if (qatomic_read(&pd->held)) {
+        if (delay_ms > 0) {
+            qemu_sem_timedwait(&pd->wake, delay_ms);
+        } else if (qatomic_read(&pd->held)) {
             qemu_sem_wait(&pd->wake);
         } else if (qemu_sem_timedwait(&pd->wake, POSTCOPY_DEVICE_NUDGE_MS)) {
             /*
@@ -492,9 +542,10 @@ static bool postcopy_device_commit(MigrationState *s, MigrationStatus from,
     trace_postcopy_device_commit(qemu_clock_get_ms(QEMU_CLOCK_REALTIME) -
                                  s->postcopy_device.start_time);
 
+    /* The guest waits for this one */
+    postcopy_device_send_start(s);
     migration_downtime_end(s);
     migrate_set_state(&s->state, from, MIGRATION_STATUS_POSTCOPY_ACTIVE);
-    postcopy_device_send_start(s);
 
     return true;
 }

@@ -114,10 +114,18 @@ typedef struct PostcopyDeviceSource {
     unsigned pace_seen;
     uint64_t pace_arrived_end;
     /*
-     * The size of a lot (bytes), and where the next one ends at the latest: in
-     * bytes and in zero pages since the migration began
+     * The size of a lot (bytes), in how many slices the present one is sent,
+     * how many of them were sent, and when the next one is due (us since
+     * start_time)
      */
     uint64_t pace_size;
+    unsigned pace_slices;
+    unsigned pace_slice;
+    int64_t pace_due;
+    /*
+     * Where that one ends at the latest: in bytes and in zero pages since the
+     * migration began
+     */
     uint64_t pace_end;
     uint64_t pace_zero_end;
     AnnounceTimer announce_timer;
