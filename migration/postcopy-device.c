@@ -46,7 +46,7 @@
  */
 #define POSTCOPY_DEVICE_PACE_HOLDS  (POSTCOPY_DEVICE_PACE_LOTS - 1)
 /* A lot that the link is busy with for longer (us) is sent in slices */
-#define POSTCOPY_DEVICE_PACE_SLICE_US   1000
+#define POSTCOPY_DEVICE_PACE_SLICE_US   2000
 /* What the destination needs for a zero page, which is nothing on the link */
 #define POSTCOPY_DEVICE_PACE_ZERO_US    4
 /* No page may be larger, as the link is busy with one until it is sent */

@@ -39,6 +39,28 @@ class Fault(Exception):
     """What makes a test a failed one"""
 
 
+@contextlib.contextmanager
+def interrupts_later():
+    """
+    A launch cannot be interrupted well: QEMUMachine takes that for its failure.
+    The QEMUs inherit the mask: Ctrl-C is for this program alone, which then
+    ends them.  The mask is the main thread's; another one can still get the
+    signal, which Python then handles in the main thread.
+    """
+    came = []
+    handlers = {signum: signal.signal(signum, lambda num, _: came.append(num))
+                for signum in INTERRUPTS}
+    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        for signum in came[:1]:
+            signal.raise_signal(signum)
+
+
 def parse_args(parser, **qemu):
     """Adds the options that every such test has."""
     parser.add_argument('--qemu', required=True,
@@ -182,15 +204,11 @@ class Side:
     def launch(self):
         # pylint: disable=import-outside-toplevel
         from qemu.machine.machine import QEMUMachineError
-        # A launch cannot be interrupted well.  The QEMUs inherit the mask:
-        # Ctrl-C is for this program alone, which then ends them.
-        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
         try:
-            self.vm.launch()
+            with interrupts_later():
+                self.vm.launch()
         except QEMUMachineError as err:
             raise Fault(f'the {self.name} does not start: {err}') from err
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
         threading.Thread(target=self._await_exit, daemon=True,
                          args=(os.pidfd_open(self.vm.get_pid()),)).start()
 
