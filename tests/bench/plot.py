@@ -17,7 +17,7 @@ def _gnuplot(path, height, title, commands, series):
     """SERIES are (title, rows, style)."""
     script = [f'set terminal svg size 900,{height} font "sans,13" '
               'background "white"', f'set output "{path}"',
-              f'set title "{title}"', 'set grid', 'set key below',
+              f'set title "{title}"', 'set grid', 'set key below samplen 2',
               *commands]
     for i, (_, rows, _) in enumerate(series):
         script += [f'$data{i} << END',
