@@ -7,16 +7,12 @@
 
 #include "qemu/osdep.h"
 #include "qemu/main-loop.h"
-#include "qemu/sockets.h"
-#include "qemu/units.h"
+#include "qemu/rcu.h"
 #include "qapi/error.h"
 #include "qemu/error-report.h"
-#include "exec/cpu-common.h"
 #include "exec/memory.h"
 #include "block/block-global-state.h"
 #include "io/channel-buffer.h"
-#include "io/channel-socket.h"
-#include "io/channel-tls.h"
 #include "migration/misc.h"
 #include "migration.h"
 #include "migration-stats.h"
@@ -30,54 +26,31 @@
 /*** Source ***/
 
 #define POSTCOPY_DEVICE_NUDGE_MS    100
-
-/*
- * Background pages may delay the guest's start by this part of its pause, but
- * by no more than so many us
- */
-#define POSTCOPY_DEVICE_PACE_PART   16
-#define POSTCOPY_DEVICE_PACE_US     1000
-/* A lot of them has at least so many bytes, and at most so many at first */
-#define POSTCOPY_DEVICE_PACE_MIN    (4 * KiB)
-#define POSTCOPY_DEVICE_PACE_FIRST  (1 * MiB)
-/*
- * The link holds so many of them in a round trip.  The PONG of a lot comes when
- * all of it has arrived; meanwhile the link is busy with one more.
- */
-#define POSTCOPY_DEVICE_PACE_HOLDS  (POSTCOPY_DEVICE_PACE_LOTS - 1)
-/* A lot that the link is busy with for longer (us) is sent in slices */
-#define POSTCOPY_DEVICE_PACE_SLICE_US   2000
-/* What the destination needs for a zero page, which is nothing on the link */
-#define POSTCOPY_DEVICE_PACE_ZERO_US    4
-/* No page may be larger, as the link is busy with one until it is sent */
-#define POSTCOPY_DEVICE_PACE_PAGE   (64 * KiB)
+/* So long the source tries to get its disks back from a destination that ends */
+#define POSTCOPY_DEVICE_RECLAIM_MS  (10 * 1000)
+/* And so long if it was cancelled: 'cont' tries again */
+#define POSTCOPY_DEVICE_CANCEL_MS   1000
+/* A link that takes longer to drain is worth a warning */
+#define POSTCOPY_DEVICE_DRAIN_US    (1000 * 1000)
 
 void postcopy_device_init(MigrationState *s)
 {
     PostcopyDeviceSource *pd = &s->postcopy_device;
 
     pd->owner = POSTCOPY_DEVICE_OWNER_SOURCE;
+    pd->ponged = false;
+    pd->hold_answered = false;
     pd->held = false;
+    pd->start_answered = false;
     pd->in_doubt = false;
     pd->loaded = false;
     pd->rp_closed = false;
-    pd->round_trip = 0;
-    pd->pace_arrived = 0;
-    pd->pace_sent = 0;
-    pd->pace_seen = 0;
-    pd->pace_arrived_end = 0;
-    pd->pace_size = 0;
-    pd->pace_slices = 0;
-    pd->pace_slice = 0;
-    pd->pace_due = 0;
-    pd->pace_end = 0;
-    pd->pace_zero_end = 0;
     pd->start_time = 0;
 }
 
 bool postcopy_device_available(MigrationState *s)
 {
-    return s->rp_state.rp_thread_created;
+    return migrate_postcopy_ram() && s->rp_state.rp_thread_created;
 }
 
 bool postcopy_device_in_progress(void)
@@ -88,65 +61,40 @@ bool postcopy_device_in_progress(void)
 
 void postcopy_device_wake(MigrationState *s)
 {
-    qemu_sem_post(&s->postcopy_device.wake);
+    /* What the other thread is to see was written before */
+    smp_mb();
+    if (qatomic_read(&s->postcopy_device.waiting)) {
+        qemu_sem_post(&s->postcopy_device.wake);
+    }
 }
 
 void postcopy_device_pong(MigrationState *s, uint32_t value)
 {
+    PostcopyDeviceSource *pd = &s->postcopy_device;
+
     switch (value) {
     case QEMU_VM_PONG_POSTCOPY_HELD:
         trace_postcopy_device_held();
-        qatomic_set(&s->postcopy_device.held, true);
+        qatomic_set(&pd->held, true);
+        /* fall through */
+    case QEMU_VM_PING_POSTCOPY_HOLD:
+        qatomic_set(&pd->hold_answered, true);
         break;
     case QEMU_VM_PING_PACKAGED_LOADED:
         trace_postcopy_device_loaded();
-        qatomic_set(&s->postcopy_device.loaded, true);
-        postcopy_device_wake(s);
+        qatomic_set(&pd->loaded, true);
         break;
-    case QEMU_VM_PING_POSTCOPY_PACE:
-        qatomic_inc(&s->postcopy_device.pace_arrived);
-        postcopy_device_wake(s);
+    case QEMU_VM_PING_POSTCOPY_START:
+        qatomic_set(&pd->start_answered, true);
         break;
     }
-}
-
-/* What TCP says: how long a round trip takes (us), how much may be under way */
-typedef struct PostcopyDeviceLink {
-    uint64_t round_trip;
-    uint64_t window;
-} PostcopyDeviceLink;
-
-/* All is 0 if it is not TCP, or if the host cannot tell. */
-static PostcopyDeviceLink postcopy_device_query_link(MigrationState *s)
-{
-#ifdef CONFIG_LINUX
-    QIOChannel *ioc = qemu_file_get_ioc(s->to_dst_file);
-    struct tcp_info info = { };
-    socklen_t len = sizeof(info);
-
-    if (object_dynamic_cast(OBJECT(ioc), TYPE_QIO_CHANNEL_TLS)) {
-        ioc = QIO_CHANNEL_TLS(ioc)->master;
-    }
-    if (object_dynamic_cast(OBJECT(ioc), TYPE_QIO_CHANNEL_SOCKET) &&
-        !getsockopt(QIO_CHANNEL_SOCKET(ioc)->fd, IPPROTO_TCP, TCP_INFO, &info,
-                    &len)) {
-        return (PostcopyDeviceLink) {
-            .round_trip = info.tcpi_rtt,
-            .window = (uint64_t)info.tcpi_snd_cwnd * info.tcpi_snd_mss,
-        };
-    }
-#endif
-    return (PostcopyDeviceLink) { };
+    qatomic_set(&pd->ponged, true);
+    postcopy_device_wake(s);
 }
 
 void postcopy_device_send_hold(MigrationState *s)
 {
-    PostcopyDeviceSource *pd = &s->postcopy_device;
-
     if (migrate_postcopy_ram()) {
-        if (!pd->round_trip) {
-            pd->round_trip = postcopy_device_query_link(s).round_trip;
-        }
         qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_HOLD);
     }
 }
@@ -165,22 +113,38 @@ bool postcopy_device_committed(MigrationState *s)
            POSTCOPY_DEVICE_OWNER_DESTINATION;
 }
 
+bool postcopy_device_downtime_over(MigrationState *s)
+{
+    PostcopyDeviceSource *pd = &s->postcopy_device;
+
+    return postcopy_device_committed(s) &&
+           (!qatomic_read(&pd->held) || qatomic_read(&pd->start_answered));
+}
+
 static void postcopy_device_cancel_waiting(MigrationState *s, Error **errp)
 {
     Error *err = NULL;
 
+    if (!qio_channel_has_feature(qemu_file_get_ioc(s->to_dst_file),
+                                 QIO_CHANNEL_FEATURE_SHUTDOWN)) {
+        error_setg(errp, "Cannot cancel: this channel cannot be shut down; end "
+                   "the process that carries it, and the guest goes on here");
+        return;
+    }
+
     if (!qatomic_read(&s->postcopy_device.held)) {
         error_setg(errp, "Cannot cancel: this destination cannot be held back "
-                   "and may run the guest already. Make sure that it does not "
-                   "by stopping it; the guest will then go on here. If it is "
-                   "gone but the connection has not noticed, use 'yank'");
+                   "and may run the guest already; stop it, and the guest goes "
+                   "on here");
+        error_append_hint(errp, "If it is gone, but the connection has not "
+                          "noticed that, use 'yank'.\n");
         return;
     }
 
     if (s->postcopy_device.in_doubt) {
         error_setg(errp, "Cannot cancel yet: the migration is about to pause, "
-                   "because the disks are in use elsewhere. Try again when it "
-                   "is in postcopy-paused");
+                   "as the disks are in use elsewhere");
+        error_append_hint(errp, "Try again in postcopy-paused.\n");
         return;
     }
 
@@ -210,16 +174,21 @@ static void postcopy_device_cancel_waiting(MigrationState *s, Error **errp)
 
 static void postcopy_device_cancel_paused(MigrationState *s, Error **errp)
 {
-    if (!migration_block_activate(errp)) {
-        /* Some may be active now, but the destination may need them */
-        migration_block_inactivate();
+    if (!qatomic_read(&s->postcopy_device.held)) {
+        error_setg(errp, "Cannot cancel: the destination may have run the "
+                   "guest, as its disks were in use; recover the migration, "
+                   "or, if the destination is gone, quit and boot the guest "
+                   "from its disks");
+        return;
+    }
+
+    if (!migration_block_try_activate(errp)) {
         error_prepend(errp, "Cannot cancel yet, the disks are in use elsewhere "
                       "(stop the destination if it is alive): ");
         return;
     }
 
     if (!postcopy_device_set_owner(s, POSTCOPY_DEVICE_OWNER_CANCELLED)) {
-        /* Can't be: only a recovery changes that, and it changes the state */
         error_setg(errp, "Cannot cancel: the destination has the guest");
         return;
     }
@@ -249,22 +218,35 @@ void postcopy_device_cancel(MigrationState *s, Error **errp)
         break;
     }
     error_setg(errp, "Postcopy migration in progress, cannot cancel: the "
-               "destination has the guest. Use 'migrate-recover' there and "
-               "'migrate' with 'resume' here if the link is broken");
+               "destination has the guest");
+    error_append_hint(errp, "If the link is broken, use 'migrate-recover' "
+                      "there and 'migrate' with 'resume' here.\n");
 }
 
 void postcopy_device_rp_error(MigrationState *s, Error **errp)
 {
-    if (!postcopy_device_in_progress() ||
-        qatomic_read(&s->postcopy_device.loaded)) {
+    PostcopyDeviceSource *pd = &s->postcopy_device;
+    MigrationStatus state = qatomic_read(&s->state);
+    const char *what;
+
+    if (state == MIGRATION_STATUS_POSTCOPY_DEVICE &&
+        !qatomic_read(&pd->loaded)) {
+        what = "Destination failed before it had loaded the device state: ";
+    } else if (state == MIGRATION_STATUS_ACTIVE && qatomic_read(&pd->waiting)) {
+        what = "Lost the destination before the switchover to postcopy: ";
+    } else {
         return;
     }
 
     if (!*errp) {
         error_setg(errp, "it closed the return path");
     }
-    error_prepend(errp, "Destination failed before it had loaded the device "
-                  "state: ");
+    error_prepend(errp, "%s", what);
+}
+
+void postcopy_device_rp_opened(MigrationState *s)
+{
+    s->postcopy_device.rp_closed = false;
 }
 
 void postcopy_device_rp_closed(MigrationState *s)
@@ -282,12 +264,16 @@ void postcopy_device_rp_closed(MigrationState *s)
     postcopy_device_wake(s);
 }
 
-/* Has anything happened that the PONG will not come after? */
-static bool postcopy_device_lost(MigrationState *s, Error **errp)
+/*
+ * Has anything happened in @state that what the migration thread waits for will
+ * not come after?
+ */
+static bool postcopy_device_lost(MigrationState *s, MigrationStatus state,
+                                 Error **errp)
 {
-    if (qatomic_read(&s->state) != MIGRATION_STATUS_POSTCOPY_DEVICE ||
-        qatomic_read(&s->postcopy_device.owner) !=
-        POSTCOPY_DEVICE_OWNER_SOURCE) {
+    if (qatomic_read(&s->state) != state ||
+        qatomic_read(&s->postcopy_device.owner) ==
+        POSTCOPY_DEVICE_OWNER_CANCELLED) {
         error_setg(errp, "Migration was cancelled before the destination had "
                    "loaded the device state");
         return true;
@@ -318,6 +304,101 @@ static bool postcopy_device_lost(MigrationState *s, Error **errp)
     return false;
 }
 
+bool postcopy_device_wait(MigrationState *s, MigrationStatus state,
+                          const bool *what, Error **errp)
+{
+    PostcopyDeviceSource *pd = &s->postcopy_device;
+    bool ok;
+
+    qatomic_set_mb(&pd->waiting, true);
+    while (!(ok = qatomic_read(what)) &&
+           !postcopy_device_lost(s, state, errp)) {
+        qemu_sem_wait(&pd->wake);
+    }
+    qatomic_set(&pd->waiting, false);
+    return ok;
+}
+
+/* Everything that was sent has arrived when the answer is here */
+static bool postcopy_device_wait_drained(MigrationState *s, Error **errp)
+{
+    PostcopyDeviceSource *pd = &s->postcopy_device;
+    int64_t us = qemu_clock_get_us(QEMU_CLOCK_REALTIME);
+
+    if (!migrate_postcopy_ram()) {
+        return true;
+    }
+
+    postcopy_device_send_hold(s);
+    if (!postcopy_device_wait(s, MIGRATION_STATUS_ACTIVE, &pd->hold_answered,
+                              errp)) {
+        return false;
+    }
+
+    us = qemu_clock_get_us(QEMU_CLOCK_REALTIME) - us;
+    trace_postcopy_device_drained(us);
+    if (us > POSTCOPY_DEVICE_DRAIN_US) {
+        warn_report("It took %" PRId64 " ms until the destination had received "
+                    "all that precopy had sent", us / 1000);
+    }
+    return true;
+}
+
+bool postcopy_device_drain(MigrationState *s, Error **errp)
+{
+    bool ok = true;
+
+    if (migrate_postcopy_preempt()) {
+        /* The main channel must be the first that the destination gets */
+        ok = postcopy_device_wait(s, MIGRATION_STATUS_ACTIVE,
+                                  &s->postcopy_device.ponged, errp);
+        if (ok) {
+            postcopy_preempt_connect(s);
+        }
+    }
+    ok = ok && postcopy_device_wait_drained(s, errp) &&
+         postcopy_preempt_wait(s, MIGRATION_STATUS_ACTIVE, errp);
+
+    /* migrate_cancel may have come until now, but cannot from here on */
+    bql_lock();
+    return ok && !postcopy_device_lost(s, MIGRATION_STATUS_ACTIVE, errp);
+}
+
+int postcopy_device_save(MigrationState *s, QEMUFile *f)
+{
+    int ret;
+
+    s->postcopy_device.saving = migrate_postcopy_ram();
+    ret = qemu_savevm_state_complete_precopy_non_iterable(f, true);
+    s->postcopy_device.saving = false;
+
+    if (migrate_postcopy_ram()) {
+        /* Devices may have written to guest memory */
+        ram_postcopy_sync_bitmap();
+    }
+    return ret;
+}
+
+void migration_send_ahead(AddressSpace *as, hwaddr addr, hwaddr len)
+{
+    if (!migrate_get_current()->postcopy_device.saving) {
+        return;
+    }
+
+    RCU_READ_LOCK_GUARD();
+    while (len) {
+        hwaddr xlat, n = len;
+        MemoryRegion *mr = address_space_translate(as, addr, &xlat, &n, false,
+                                                   MEMTXATTRS_UNSPECIFIED);
+
+        if (mr->ram_block) {
+            ram_postcopy_send_ahead(mr->ram_block, xlat, n);
+        }
+        addr += n;
+        len -= n;
+    }
+}
+
 /* Nothing that this side waits for can block any longer when it returns. */
 static void postcopy_device_close_channels(MigrationState *s)
 {
@@ -330,178 +411,22 @@ static void postcopy_device_close_channels(MigrationState *s)
     close_return_path_on_source(s);
 }
 
-bool postcopy_device_may_send(MigrationState *s)
-{
-    PostcopyDeviceSource *pd = &s->postcopy_device;
-
-    return !postcopy_device_in_progress() ||
-           (qemu_file_transferred(s->to_dst_file) < pd->pace_end &&
-            stat64_get(&mig_stats.zero_pages) < pd->pace_zero_end &&
-            !qatomic_read(&pd->loaded));
-}
-
-static bool postcopy_device_may_pace(void)
-{
-    return migrate_postcopy_ram() && !migrate_max_postcopy_bandwidth() &&
-           qemu_ram_pagesize_largest() <= POSTCOPY_DEVICE_PACE_PAGE;
-}
-
-/*
- * How much of what the link holds goes into each of the first lots: whatever
- * has to wait for them is sent a round trip later, when they are out of its
- * way.  TCP's window has room for the queue in the network, too, which shows as
- * a longer round trip.
- */
-static uint64_t postcopy_device_pace_first(MigrationState *s)
-{
-    PostcopyDeviceSource *pd = &s->postcopy_device;
-    PostcopyDeviceLink link = postcopy_device_query_link(s);
-    uint64_t size;
-
-    /* When the migration began, TCP had seen a single one, maybe a slow one. */
-    pd->round_trip = MIN(pd->round_trip, link.round_trip);
-    size = link.window * pd->round_trip / MAX(link.round_trip, 1) /
-           POSTCOPY_DEVICE_PACE_HOLDS;
-
-    return MIN(MAX(size, POSTCOPY_DEVICE_PACE_MIN), POSTCOPY_DEVICE_PACE_FIRST);
-}
-
-/*
- * Adapts the size of a lot: all that is under way should arrive within
- * @may_take (us).
- */
-static void postcopy_device_pace(PostcopyDeviceSource *pd, int64_t waited,
-                                 int64_t may_take)
-{
-    while (pd->pace_seen != pd->pace_sent &&
-           pd->pace_seen != qatomic_read(&pd->pace_arrived)) {
-        PostcopyDeviceLot *lot = &pd->pace_lots[pd->pace_seen++ %
-                                                POSTCOPY_DEVICE_PACE_LOTS];
-        int64_t took = MAX(1, waited - lot->time);
-        uint64_t size = lot->under_way * may_take / took /
-                        POSTCOPY_DEVICE_PACE_LOTS;
-        uint64_t step;
-
-        trace_postcopy_device_pace(lot->under_way, took, may_take);
-        pd->pace_arrived_end = lot->end;
-        if (pd->pace_seen <= POSTCOPY_DEVICE_PACE_LOTS) {
-            /* It has also waited for the package. */
-            continue;
-        }
-        if (took <= may_take) {
-            size = MAX(size, pd->pace_size);
-        }
-        step = pd->pace_size / POSTCOPY_DEVICE_PACE_LOTS;
-        size = MIN(MAX(size, pd->pace_size - step), pd->pace_size + step);
-        pd->pace_size = MAX(size, POSTCOPY_DEVICE_PACE_MIN);
-    }
-}
-
-/*
- * Sends the slice of a lot that is due.  The slices of all lots are spread
- * evenly: a page that was requested, or START, has to wait for one of them at
- * most, and there is no burst that the network has no room for.
- */
-static void postcopy_device_send_slice(MigrationState *s, int64_t waited,
-                                       int64_t may_take)
-{
-    PostcopyDeviceSource *pd = &s->postcopy_device;
-    int64_t lot_us = pd->round_trip / POSTCOPY_DEVICE_PACE_HOLDS;
-
-    if (!pd->pace_slice) {
-        pd->pace_slices = MIN(MAX(lot_us / POSTCOPY_DEVICE_PACE_SLICE_US, 1),
-                              pd->pace_size / POSTCOPY_DEVICE_PACE_MIN);
-    }
-    if (lot_us >= POSTCOPY_DEVICE_PACE_SLICE_US) {
-        int64_t slice_us = lot_us / pd->pace_slices;
-
-        /* Make up for one that was late */
-        pd->pace_due = MAX(pd->pace_due + slice_us, waited);
-    }
-
-    pd->pace_end = qemu_file_transferred(s->to_dst_file) +
-                   pd->pace_size / pd->pace_slices;
-    pd->pace_zero_end = stat64_get(&mig_stats.zero_pages) + 1 +
-                        may_take / POSTCOPY_DEVICE_PACE_ZERO_US /
-                        POSTCOPY_DEVICE_PACE_LOTS / pd->pace_slices;
-    qemu_savevm_state_iterate(s->to_dst_file, true);
-    pd->pace_end = 0;
-
-    if (++pd->pace_slice == pd->pace_slices) {
-        PostcopyDeviceLot *lot = &pd->pace_lots[pd->pace_sent++ %
-                                                POSTCOPY_DEVICE_PACE_LOTS];
-
-        lot->time = waited;
-        lot->end = qemu_file_transferred(s->to_dst_file);
-        lot->under_way = lot->end - pd->pace_arrived_end;
-        qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_PACE);
-        pd->pace_slice = 0;
-    }
-}
-
-/*
- * Sends some background pages unless there are enough under way.  Returns in
- * how many ms it wants to be called again, or -1 if there will be nothing to
- * send before a PONG comes.
- */
-static int postcopy_device_send_background(MigrationState *s)
-{
-    PostcopyDeviceSource *pd = &s->postcopy_device;
-    int64_t waited = qemu_clock_get_us(QEMU_CLOCK_REALTIME) -
-                     pd->start_time * 1000;
-    /* What comes behind them is delayed by what this is above a round trip. */
-    int64_t may_take = pd->round_trip +
-                       MIN(waited / POSTCOPY_DEVICE_PACE_PART,
-                           POSTCOPY_DEVICE_PACE_US);
-
-    if (!postcopy_device_may_pace()) {
-        return -1;
-    }
-
-    if (pd->pace_size) {
-        postcopy_device_pace(pd, waited, may_take);
-    } else {
-        pd->pace_size = postcopy_device_pace_first(s);
-        pd->pace_arrived_end = qemu_file_transferred(s->to_dst_file);
-    }
-    if (pd->pace_sent - pd->pace_seen == POSTCOPY_DEVICE_PACE_LOTS ||
-        !ram_postcopy_bytes_remaining()) {
-        return -1;
-    }
-    if (waited < pd->pace_due) {
-        return DIV_ROUND_UP(pd->pace_due - waited, 1000);
-    }
-
-    postcopy_device_send_slice(s, waited, may_take);
-    return 0;
-}
-
 static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
 {
     PostcopyDeviceSource *pd = &s->postcopy_device;
-    int delay_ms;
+    bool ok;
 
-    while (true) {
-        if (qatomic_read(&pd->loaded)) {
-            return true;
-        }
-        if (postcopy_device_lost(s, errp)) {
-            return false;
+    qatomic_set_mb(&pd->waiting, true);
+    while (!(ok = qatomic_read(&pd->loaded))) {
+        if (postcopy_device_lost(s, MIGRATION_STATUS_POSTCOPY_DEVICE, errp)) {
+            break;
         }
         if (ram_postcopy_has_request()) {
-            qemu_savevm_state_iterate(s->to_dst_file, true);
-            /* The next may well be wanted from below this one */
-            ram_postcopy_rewind(pd->pace_size * POSTCOPY_DEVICE_PACE_LOTS);
-            continue;
-        }
-        delay_ms = postcopy_device_send_background(s);
-        if (!delay_ms) {
+            ram_postcopy_send_requested(s->to_dst_file);
             continue;
         }
 
-        if (delay_ms > 0) {
-            qemu_sem_timedwait(&pd->wake, delay_ms);
-        } else if (qatomic_read(&pd->held)) {
+        if (qatomic_read(&pd->held)) {
             qemu_sem_wait(&pd->wake);
         } else if (qemu_sem_timedwait(&pd->wake, POSTCOPY_DEVICE_NUDGE_MS)) {
             /*
@@ -511,6 +436,8 @@ static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
             postcopy_device_send_hold(s);
         }
     }
+    qatomic_set(&pd->waiting, false);
+    return ok;
 }
 
 static void postcopy_device_send_start(MigrationState *s)
@@ -528,6 +455,9 @@ void postcopy_device_recovered(MigrationState *s)
      */
     postcopy_device_set_owner(s, POSTCOPY_DEVICE_OWNER_DESTINATION);
     postcopy_device_send_start(s);
+    if (!postcopy_device_downtime_over(s)) {
+        migration_downtime_end(s);
+    }
 }
 
 /* From here on the guest is the destination's, whatever happens. */
@@ -571,34 +501,39 @@ static void postcopy_device_let_go(MigrationState *s)
 /*
  * The source wants the guest back, but it may have got as far at the
  * destination that the disks are activated there.  A destination that can hold
- * lets go of them when it finds the link broken; give it some time for that.
+ * lets go of them when it finds the link broken, or ends, which may take some
+ * time.  Any other has run the guest.
  */
 static bool postcopy_device_reclaim_disks(MigrationState *s, Error **errp)
 {
-    int delay_ms;
+    ERRP_GUARD();
+    PostcopyDeviceSource *pd = &s->postcopy_device;
+    int64_t start = qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
+    int delay_ms = 1;
 
-    for (delay_ms = 1; delay_ms <= 512; delay_ms *= 2) {
-        Error *err = NULL;
+    while (true) {
+        int64_t limit_ms =
+            qatomic_read(&pd->owner) == POSTCOPY_DEVICE_OWNER_CANCELLED ?
+            POSTCOPY_DEVICE_CANCEL_MS : POSTCOPY_DEVICE_RECLAIM_MS;
+        bool ok;
 
+        error_free(*errp);
+        *errp = NULL;
         bql_lock();
-        bdrv_activate_all(&err);
+        ok = migration_block_try_activate(errp);
         bql_unlock();
 
-        if (!err) {
+        if (ok) {
             return true;
         }
-        error_free(err);
-        if (!qatomic_read(&s->postcopy_device.held)) {
-            break;
+        if (!qatomic_read(&pd->held) ||
+            qemu_clock_get_ms(QEMU_CLOCK_REALTIME) - start > limit_ms) {
+            error_report_err(error_copy(*errp));
+            return false;
         }
         g_usleep(delay_ms * 1000);
+        delay_ms = MIN(2 * delay_ms, 100);
     }
-
-    bql_lock();
-    migration_block_activate(errp);
-    bql_unlock();
-
-    return !*errp;
 }
 
 /* Returns true if the destination has got the guest after all */
@@ -607,17 +542,16 @@ static bool postcopy_device_wait_in_doubt(MigrationState *s, Error *disk_err)
     WITH_QEMU_LOCK_GUARD(&s->error_mutex) {
         error_prepend(&disk_err, "%s. Guest stays stopped, as its disks are in "
                       "use elsewhere: recover the migration if the destination "
-                      "is alive, or use 'migrate_cancel' when it is not: ",
-                      s->error ? error_get_pretty(s->error) : "");
+                      "is alive, or %s when it is not: ",
+                      s->error ? error_get_pretty(s->error) : "",
+                      qatomic_read(&s->postcopy_device.held) ?
+                      "use 'migrate_cancel'" :
+                      "quit and boot the guest from its disks");
         error_free(s->error);
         s->error = disk_err;
     }
 
-    if (postcopy_pause(s) != MIG_THR_ERR_RECOVERED) {
-        return false;
-    }
-    migration_downtime_end(s);
-    return true;
+    return postcopy_pause(s) == MIG_THR_ERR_RECOVERED;
 }
 
 /*
@@ -642,8 +576,6 @@ static bool postcopy_device_take_back(MigrationState *s)
         migrate_set_state(&s->state, MIGRATION_STATUS_POSTCOPY_DEVICE,
                           MIGRATION_STATUS_CANCELLING);
     } else if (!have_disks) {
-        /* Some may be active now, but the destination may need them */
-        migration_block_inactivate();
         s->postcopy_device.in_doubt = true;
     }
     bql_unlock();
@@ -663,6 +595,9 @@ static bool postcopy_device_send(MigrationState *s, QIOChannelBuffer *package,
     int ret;
 
     if (migrate_postcopy_ram()) {
+        /* Before the discards: the destination takes them as in precopy */
+        ram_postcopy_send_requested(s->to_dst_file);
+
         /* Have the destination throw away what it has and what is dirty */
         ram_postcopy_send_discard_bitmap(s);
 
@@ -745,12 +680,6 @@ void postcopy_device_guest_back(MigrationState *s)
 #define POSTCOPY_DEVICE_GO          (POSTCOPY_DEVICE_GO_RUN | \
                                      POSTCOPY_DEVICE_GO_START)
 
-/*
- * So many requests for pages find room in a socket even if the source does not
- * read.  In a unix socket it is 278 with what Linux has by default.
- */
-#define POSTCOPY_DEVICE_REQUESTS    128
-
 void postcopy_device_incoming_init(MigrationIncomingState *mis)
 {
     /* A source that does not ask to hold the guest will not send START */
@@ -767,10 +696,11 @@ void postcopy_device_incoming_listen(MigrationIncomingState *mis)
     qemu_event_reset(&pd->decided);
     qatomic_set(&pd->outcome, POSTCOPY_DEVICE_LOADING);
 
-    /* Without a return path the source cannot wait for this side, either */
+    /* There is no such state with dirty bitmaps only */
     migrate_set_state(&mis->state, MIGRATION_STATUS_ACTIVE,
-                      mis->to_src_file ? MIGRATION_STATUS_POSTCOPY_DEVICE :
-                                         MIGRATION_STATUS_POSTCOPY_ACTIVE);
+                      migrate_postcopy_ram() ?
+                      MIGRATION_STATUS_POSTCOPY_DEVICE :
+                      MIGRATION_STATUS_POSTCOPY_ACTIVE);
 }
 
 static PostcopyDeviceOutcome
@@ -788,138 +718,17 @@ postcopy_device_incoming_decide(MigrationIncomingState *mis,
     return outcome;
 }
 
-static void postcopy_device_incoming_continue(PostcopyDeviceIncoming *pd)
-{
-    if (pd->waiting) {
-        aio_co_wake(pd->waiting);
-    }
-}
-
-static void postcopy_device_incoming_placed_bh(void *opaque)
-{
-    MigrationIncomingState *mis = opaque;
-
-    postcopy_device_incoming_continue(&mis->postcopy_device);
-}
-
-void postcopy_device_incoming_placed(MigrationIncomingState *mis, void *host)
-{
-    PostcopyDeviceIncoming *pd = &mis->postcopy_device;
-
-    if (host == pd->awaited) {
-        pd->awaited = NULL;
-        migration_bh_schedule(postcopy_device_incoming_placed_bh, mis);
-    }
-}
-
-/*
- * Find a page that the source will send.  With page_request_mutex held.
- *
- * Returns: where it is to be in this process; NULL if it is here, or if it does
- *          not come from the source at all
- */
-static void *postcopy_device_incoming_find(AddressSpace *as, hwaddr addr,
-                                           RAMBlock **rb, ram_addr_t *offset)
-{
-    hwaddr xlat, len = 1;
-    MemoryRegion *mr;
-
-    RCU_READ_LOCK_GUARD();
-
-    mr = address_space_translate(as, addr, &xlat, &len, false,
-                                 MEMTXATTRS_UNSPECIFIED);
-    *rb = mr->ram_block;
-    if (!*rb || migrate_ram_is_ignored(*rb)) {
-        return NULL;
-    }
-
-    *offset = QEMU_ALIGN_DOWN(xlat, qemu_ram_pagesize(*rb));
-    if (ramblock_recv_bitmap_test_byte_offset(*rb, *offset) ||
-        ramblock_page_is_discarded(*rb, *offset)) {
-        return NULL;
-    }
-    return memory_region_get_ram_ptr(mr) + *offset;
-}
-
-static int coroutine_fn
-postcopy_device_incoming_get(MigrationIncomingState *mis, AddressSpace *as,
-                             const hwaddr *addrs, size_t n)
-{
-    PostcopyDeviceIncoming *pd = &mis->postcopy_device;
-    RAMBlock *rb;
-    ram_addr_t offset;
-    void *host;
-    size_t i;
-    int ret;
-
-    for (i = 0; i < n; i++) {
-        WITH_QEMU_LOCK_GUARD(&mis->page_request_mutex) {
-            host = postcopy_device_incoming_find(as, addrs[i], &rb, &offset);
-        }
-        if (host) {
-            ret = migrate_send_rp_req_pages(mis, rb, offset, (uintptr_t)host);
-            if (ret < 0) {
-                return ret;
-            }
-        }
-    }
-
-    pd->waiting = qemu_coroutine_self();
-    for (i = 0; i < n; i++) {
-        /* When there is no listen thread any more, no page will come */
-        while (!pd->listen_ended) {
-            WITH_QEMU_LOCK_GUARD(&mis->page_request_mutex) {
-                host = postcopy_device_incoming_find(as, addrs[i], &rb,
-                                                     &offset);
-                pd->awaited = host;
-            }
-            if (!host) {
-                break;
-            }
-            trace_postcopy_device_incoming_await(host);
-            qemu_coroutine_yield();
-        }
-    }
-    pd->waiting = NULL;
-
-    return pd->listen_ended ? -EIO : 0;
-}
-
-int coroutine_mixed_fn migration_incoming_get_pages(AddressSpace *as,
-                                                    const hwaddr *addrs,
-                                                    size_t n)
-{
-    MigrationIncomingState *mis = migration_incoming_get_current();
-    PostcopyDeviceOutcome outcome = qatomic_read(&mis->postcopy_device.outcome);
-    int ret = 0;
-
-    if (!migrate_postcopy_ram() || !qemu_in_coroutine() ||
-        outcome == POSTCOPY_DEVICE_NONE || outcome == POSTCOPY_DEVICE_LOADED) {
-        return 0;
-    }
-
-    while (n && !ret) {
-        size_t some = MIN(n, POSTCOPY_DEVICE_REQUESTS);
-
-        ret = postcopy_device_incoming_get(mis, as, addrs, some);
-        addrs += some;
-        n -= some;
-    }
-    return ret;
-}
-
 static void postcopy_device_activate_disks_bh(void *opaque)
 {
     MigrationIncomingState *mis = opaque;
     PostcopyDeviceIncoming *pd = &mis->postcopy_device;
     Error *err = NULL;
 
-    /*
-     * If the listen thread has given up, it may have ended, too: nobody would
-     * let go of the disks again.
-     */
-    pd->disks_activated = !postcopy_device_incoming_failed(mis) &&
-                          migration_block_activate(&err);
+    pd->disks_activated = migration_block_try_activate(&err);
+    if (pd->disks_activated && postcopy_device_incoming_failed(mis)) {
+        /* The main loop has run meanwhile, and the listen thread given up */
+        pd->disks_activated = !migration_block_inactivate();
+    }
     if (err) {
         error_prepend(&err, "load of migration failed: cannot activate the "
                       "disks: ");
@@ -1036,10 +845,10 @@ void postcopy_device_incoming_started(MigrationIncomingState *mis)
     qemu_event_set(&mis->postcopy_device.decided);
 }
 
-bool postcopy_device_incoming_recoverable(MigrationIncomingState *mis)
+bool postcopy_device_incoming_fail(MigrationIncomingState *mis)
 {
-    return postcopy_device_incoming_decide(mis, POSTCOPY_DEVICE_FAILED) ==
-           POSTCOPY_DEVICE_LOADED && !qemu_in_coroutine();
+    return postcopy_device_incoming_decide(mis, POSTCOPY_DEVICE_FAILED) !=
+           POSTCOPY_DEVICE_LOADED;
 }
 
 bool postcopy_device_incoming_failed(MigrationIncomingState *mis)
@@ -1048,10 +857,18 @@ bool postcopy_device_incoming_failed(MigrationIncomingState *mis)
            POSTCOPY_DEVICE_FAILED;
 }
 
-bool postcopy_device_incoming_wait_started(MigrationIncomingState *mis)
+bool postcopy_device_incoming_prepared(MigrationIncomingState *mis)
 {
-    qemu_event_wait(&mis->postcopy_device.decided);
-    return !postcopy_device_incoming_failed(mis);
+    return mis->state == MIGRATION_STATUS_POSTCOPY_DEVICE &&
+           qatomic_read(&mis->postcopy_device.outcome) ==
+           POSTCOPY_DEVICE_LOADED;
+}
+
+void postcopy_device_incoming_wait_decided(MigrationIncomingState *mis)
+{
+    if (!postcopy_device_incoming_failed(mis)) {
+        qemu_event_wait(&mis->postcopy_device.decided);
+    }
 }
 
 static void postcopy_device_incoming_shutdown(MigrationIncomingState *mis)
@@ -1064,8 +881,7 @@ static void postcopy_device_incoming_shutdown(MigrationIncomingState *mis)
 
 void postcopy_device_incoming_preempt_lost(MigrationIncomingState *mis)
 {
-    if (postcopy_device_incoming_decide(mis, POSTCOPY_DEVICE_FAILED) ==
-        POSTCOPY_DEVICE_FAILED) {
+    if (postcopy_device_incoming_fail(mis)) {
         postcopy_device_incoming_shutdown(mis);
     }
 }
@@ -1088,18 +904,37 @@ void postcopy_device_incoming_listen_lost(MigrationIncomingState *mis, int ret)
     postcopy_device_incoming_shutdown(mis);
 }
 
+/* The listen thread and the load coroutine have ended */
+static void postcopy_device_incoming_finish(MigrationIncomingState *mis)
+{
+    PostcopyDeviceIncoming *pd = &mis->postcopy_device;
+    bool failed = postcopy_device_incoming_failed(mis);
+
+    if (failed) {
+        postcopy_device_release_disks_bh(pd);
+    }
+    mis->have_listen_thread = false;
+    postcopy_state_set(POSTCOPY_INCOMING_END);
+    qatomic_set(&pd->outcome, POSTCOPY_DEVICE_NONE);
+
+    if (failed) {
+        migration_incoming_failed();
+    } else {
+        migrate_set_state(&mis->state, MIGRATION_STATUS_POSTCOPY_ACTIVE,
+                          MIGRATION_STATUS_COMPLETED);
+        migration_incoming_state_destroy();
+    }
+}
+
 static void postcopy_device_incoming_listen_end_bh(void *opaque)
 {
     MigrationIncomingState *mis = opaque;
-    PostcopyDeviceIncoming *pd = &mis->postcopy_device;
 
     qemu_thread_join(&mis->listen_thread);
-    if (postcopy_device_incoming_failed(mis)) {
-        /* In case that they were activated already */
-        postcopy_device_release_disks_bh(pd);
+    mis->postcopy_device.listen_ended = true;
+    if (!mis->loadvm_co) {
+        postcopy_device_incoming_finish(mis);
     }
-    pd->listen_ended = true;
-    postcopy_device_incoming_continue(pd);
 }
 
 void postcopy_device_incoming_listen_end(MigrationIncomingState *mis)
@@ -1107,27 +942,27 @@ void postcopy_device_incoming_listen_end(MigrationIncomingState *mis)
     migration_bh_schedule(postcopy_device_incoming_listen_end_bh, mis);
 }
 
-void coroutine_fn
-postcopy_device_incoming_abort(MigrationIncomingState *mis)
+bool postcopy_device_incoming_abort(MigrationIncomingState *mis)
 {
     PostcopyDeviceIncoming *pd = &mis->postcopy_device;
 
-    if (mis->have_listen_thread) {
-        trace_postcopy_device_incoming_abort();
-        qatomic_set(&pd->outcome, POSTCOPY_DEVICE_FAILED);
-        qemu_event_set(&pd->decided);
-        postcopy_device_incoming_shutdown(mis);
-
-        pd->waiting = qemu_coroutine_self();
-        while (!pd->listen_ended) {
-            qemu_coroutine_yield();
-        }
-        pd->waiting = NULL;
-        mis->have_listen_thread = false;
+    if (!mis->have_listen_thread) {
+        return false;
     }
 
-    migrate_set_state(&mis->state, MIGRATION_STATUS_POSTCOPY_DEVICE,
-                      MIGRATION_STATUS_FAILED);
-    migrate_set_state(&mis->state, MIGRATION_STATUS_POSTCOPY_ACTIVE,
-                      MIGRATION_STATUS_FAILED);
+    if (mis->exit_on_error &&
+        !qio_channel_has_feature(qemu_file_get_ioc(mis->from_src_file),
+                                 QIO_CHANNEL_FEATURE_SHUTDOWN)) {
+        /* Nothing would end the listen thread but the exit of the process */
+        return false;
+    }
+
+    trace_postcopy_device_incoming_abort();
+    qatomic_set(&pd->outcome, POSTCOPY_DEVICE_FAILED);
+    qemu_event_set(&pd->decided);
+    postcopy_device_incoming_shutdown(mis);
+    if (pd->listen_ended) {
+        postcopy_device_incoming_finish(mis);
+    }
+    return true;
 }

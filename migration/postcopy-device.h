@@ -28,23 +28,14 @@
  * know.  The values are this implementation's own; docs/devel/migration/
  * postcopy-device.rst has the protocol.
  *
- * HOLD: do not start the guest on MIG_CMD_POSTCOPY_RUN.  Sent long before the
- * package, and again and again to a destination that has not answered HELD by
- * then.  A destination that can hold answers HELD, any other echoes HOLD.
+ * HOLD: do not start the guest on MIG_CMD_POSTCOPY_RUN.  Sent before the guest
+ * is stopped, and again and again when the package is sent and the destination
+ * cannot hold.  One that can answers HELD, any other echoes HOLD.
  */
 #define QEMU_VM_PING_POSTCOPY_HOLD      0x484f4c44 /* "HOLD" */
 #define QEMU_VM_PONG_POSTCOPY_HELD      0x48454c44 /* "HELD" */
 /* START: the source has let go, start the guest.  Sent again on recovery. */
 #define QEMU_VM_PING_POSTCOPY_START     0x53545254 /* "STRT" */
-
-/*
- * PACE: behind the background pages that are sent before the destination has
- * loaded the package.  The PONG says that they are out of the way.
- */
-#define QEMU_VM_PING_POSTCOPY_PACE      0x50414345 /* "PACE" */
-
-/* So many lots of background pages are under way at a time */
-#define POSTCOPY_DEVICE_PACE_LOTS       4
 
 /* Who has the guest, as far as the source has decided */
 typedef enum PostcopyDeviceOwner {
@@ -56,16 +47,6 @@ typedef enum PostcopyDeviceOwner {
     POSTCOPY_DEVICE_OWNER_CANCELLED,
 } PostcopyDeviceOwner;
 
-/*
- * Some background pages: when sending them began (us since start_time), where
- * they end (bytes since the migration began), and how much was under way then
- */
-typedef struct PostcopyDeviceLot {
-    int64_t time;
-    uint64_t end;
-    uint64_t under_way;
-} PostcopyDeviceLot;
-
 /* Source side; lives in MigrationState and is set up for every migration */
 typedef struct PostcopyDeviceSource {
     /*
@@ -74,20 +55,28 @@ typedef struct PostcopyDeviceSource {
      */
     PostcopyDeviceOwner owner;
     /*
-     * The destination will not start the guest before START.  Set by the
-     * return path thread, read by the main and the migration thread.
+     * A PONG has arrived; the answer to HOLD has; it was HELD: the destination
+     * will not start the guest before START.  Set by the return path thread,
+     * read by the migration thread, @held by the main thread, too.
      */
+    bool ponged;
+    bool hold_answered;
     bool held;
+    /* It has got START.  Set by the return path thread, read by any. */
+    bool start_answered;
     /*
      * The disks are not to be had, the migration will be paused.  Migration
      * thread and main thread, under the BQL.
      */
     bool in_doubt;
     /*
-     * Wakes the migration thread while it waits for the destination.  Posted
-     * by any thread.
+     * Wakes the migration thread while it is waiting for the destination.
+     * Posted by any thread.
      */
     QemuSemaphore wake;
+    bool waiting;
+    /* The devices are being saved for the package.  Under the BQL. */
+    bool saving;
     /*
      * The destination has loaded the package.  Set by the return path thread,
      * consumed by the migration thread.
@@ -95,39 +84,11 @@ typedef struct PostcopyDeviceSource {
     bool loaded;
     /* The return path thread has ended.  Same threads. */
     bool rp_closed;
-    /* So many lots of background pages have arrived.  Same threads. */
-    unsigned pace_arrived;
     /*
-     * How long a round trip takes as long as the link is idle (us), 0 if this
-     * is unknown.  Migration thread only, like the rest.
+     * When the package was complete (ms), or 0 if it has not come to that.
+     * Migration thread only, like the next.
      */
-    uint64_t round_trip;
-    /* When the package was complete (ms), or 0 if it has not come to that */
     int64_t start_time;
-    /*
-     * Lots of background pages: how many were sent, those that may be under
-     * way, how many of them are known to have arrived, and the end of the last
-     * of these
-     */
-    unsigned pace_sent;
-    PostcopyDeviceLot pace_lots[POSTCOPY_DEVICE_PACE_LOTS];
-    unsigned pace_seen;
-    uint64_t pace_arrived_end;
-    /*
-     * The size of a lot (bytes), in how many slices the present one is sent,
-     * how many of them were sent, and when the next one is due (us since
-     * start_time)
-     */
-    uint64_t pace_size;
-    unsigned pace_slices;
-    unsigned pace_slice;
-    int64_t pace_due;
-    /*
-     * Where that one ends at the latest: in bytes and in zero pages since the
-     * migration began
-     */
-    uint64_t pace_end;
-    uint64_t pace_zero_end;
     AnnounceTimer announce_timer;
 } PostcopyDeviceSource;
 
@@ -162,18 +123,12 @@ typedef struct PostcopyDeviceIncoming {
      * With both of them the guest starts.
      */
     unsigned go;
-    /*
-     * The page that the load waits for, or NULL.  Main thread and those that
-     * place pages, with page_request_mutex held.
-     */
-    void *awaited;
     /* The rest is used by the main thread only, with the BQL held */
     bool disks_activated;
     bool started;
     bool listen_ended;
-    /* Who waits for the disks, and for a page or the listen thread */
+    /* The load, while it waits for the disks */
     Coroutine *preparing;
-    Coroutine *waiting;
 } PostcopyDeviceIncoming;
 
 /*** Source ***/
@@ -193,9 +148,9 @@ void postcopy_device_init(MigrationState *s);
  *
  * @s: the migration
  *
- * Returns: false if the destination cannot tell that it has loaded the device
- *          state (postcopy of dirty bitmaps only, without the return-path
- *          capability).  There is no postcopy-device state then.
+ * Returns: false in postcopy of dirty bitmaps only.  It cannot be recovered, so
+ *          nothing would make good a lost START.  There is no postcopy-device
+ *          state then.
  *
  * Migration thread.
  */
@@ -206,14 +161,63 @@ bool postcopy_device_available(MigrationState *s);
  *
  * @s: the migration
  *
- * Nobody waits for the answer, so it costs nothing: the request is in front of
- * the package in the stream, and whether the destination can do it matters
- * for migrate_cancel only.  Needs a migration that can be recovered, which is
- * how a lost START is made good: nothing is sent without postcopy-ram.
+ * Needs a migration that can be recovered, which is how a lost START is made
+ * good: nothing is sent without postcopy-ram.
  *
- * Migration thread, when it has opened the return path.
+ * Migration thread.
  */
 void postcopy_device_send_hold(MigrationState *s);
+
+/**
+ * postcopy_device_wait: wait for another thread to set a flag
+ *
+ * @s: the migration
+ * @state: the state that it is in
+ * @what: the flag; who sets it calls postcopy_device_wake() behind that
+ * @errp: why it will not be set
+ *
+ * Ends with the flag, the state, the return path, or an error of a channel.
+ *
+ * Returns: whether the flag is set
+ *
+ * Migration thread, without the BQL.
+ */
+bool postcopy_device_wait(MigrationState *s, MigrationStatus state,
+                          const bool *what, Error **errp);
+
+/**
+ * postcopy_device_drain: let the link run dry before the guest is stopped
+ *
+ * @s: the migration, in state active
+ * @errp: why there will be no switchover
+ *
+ * Everything that precopy has queued on the link would delay the package, and
+ * with it the guest.  So this asks the destination to hold the guest, and waits
+ * for the answer, which comes behind all of that.  With postcopy-preempt it
+ * also connects the second channel.  Without postcopy-ram it does nothing.
+ *
+ * Returns: true if the guest may be stopped now; false if the migration was
+ *          cancelled, or the destination or a channel was lost.
+ *
+ * Migration thread, without the BQL; in any case it is held on return, so that
+ * migrate_cancel does not get in between.
+ */
+bool postcopy_device_drain(MigrationState *s, Error **errp);
+
+/**
+ * postcopy_device_save: save the state of the devices for the package
+ *
+ * @s: the migration, in state device
+ * @f: the package
+ *
+ * Meanwhile migration_send_ahead() is heard.  Afterwards it is certain what is
+ * dirty.
+ *
+ * Returns: 0, or negative errno
+ *
+ * Migration thread, with the BQL held.
+ */
+int postcopy_device_save(MigrationState *s, QEMUFile *f);
 
 /**
  * postcopy_device_cancel: migrate_cancel after the switchover to postcopy
@@ -246,9 +250,9 @@ void postcopy_device_recovered(MigrationState *s);
  *           postcopy_device_available()
  * @errp: where to say what went wrong
  *
- * Serves page requests meanwhile.  Sends other pages only as long as what the
- * destination waits for finds the link almost empty.  Waits as long as the
- * destination needs, but no longer than both channels work.
+ * Serves page requests meanwhile, and sends no other page: the link is kept
+ * free for what the destination waits for.  Waits as long as the destination
+ * needs, but no longer than both channels work.
  *
  * If the channels fail but the disks are not to be had (the destination may
  * hold their locks), the source must not run the guest.  The migration is
@@ -311,6 +315,15 @@ void postcopy_device_pong(MigrationState *s, uint32_t value);
 void postcopy_device_rp_error(MigrationState *s, Error **errp);
 
 /**
+ * postcopy_device_rp_opened: note that there is a return path (again)
+ *
+ * @s: the migration
+ *
+ * Before its thread exists.
+ */
+void postcopy_device_rp_opened(MigrationState *s);
+
+/**
  * postcopy_device_rp_closed: note that the return path is closed
  *
  * @s: the migration
@@ -331,15 +344,15 @@ void postcopy_device_rp_closed(MigrationState *s);
 void postcopy_device_wake(MigrationState *s);
 
 /**
- * postcopy_device_may_send: may a page be sent that was not asked for?
+ * postcopy_device_downtime_over: may the guest run at the destination?
  *
- * @s: the migration
+ * @s: the migration, in postcopy
  *
- * Returns: true outside of the phase; in it only while a lot of them is sent.
+ * Returns: true if the destination has got START, or does not wait for it
  *
- * Migration thread.
+ * Any thread.
  */
-bool postcopy_device_may_send(MigrationState *s);
+bool postcopy_device_downtime_over(MigrationState *s);
 
 /**
  * postcopy_device_in_progress: may the source still take the guest back?
@@ -367,17 +380,6 @@ void postcopy_device_incoming_init(MigrationIncomingState *mis);
  * coroutine.
  */
 void postcopy_device_incoming_listen(MigrationIncomingState *mis);
-
-/**
- * postcopy_device_incoming_placed: a page has arrived
- *
- * @mis: the incoming migration
- * @host: where it is
- *
- * Lets the load go on if it waits for this page.  Any thread that places pages,
- * with page_request_mutex held.
- */
-void postcopy_device_incoming_placed(MigrationIncomingState *mis, void *host);
 
 /**
  * postcopy_device_incoming_ping: act on a PING before it is answered
@@ -424,20 +426,19 @@ bool postcopy_device_incoming_run(MigrationIncomingState *mis,
 void postcopy_device_incoming_started(MigrationIncomingState *mis);
 
 /**
- * postcopy_device_incoming_recoverable: what does a stream error mean?
+ * postcopy_device_incoming_fail: the load, or the link during it, has failed
  *
  * @mis: the incoming migration
  *
- * Returns: true if all devices had been loaded: the guest may run here, and
- *          the migration must be paused until it is recovered.
- *          false if not: the source keeps the guest, and the incoming
- *          migration fails.  That is final: the guest will not start here.
+ * Decides that the guest will not start here, if it is not too late for that.
  *
- * The thread that got the error, which can be the listen thread or the main
- * thread in the load coroutine; for an error of the load itself the answer is
- * always false.
+ * Returns: true if that is decided: the source keeps the guest.
+ *          false if all devices had been loaded before: the guest may run
+ *          here, and the migration must be paused until it is recovered.
+ *
+ * Listen or preempt thread.
  */
-bool postcopy_device_incoming_recoverable(MigrationIncomingState *mis);
+bool postcopy_device_incoming_fail(MigrationIncomingState *mis);
 
 /**
  * postcopy_device_incoming_failed: is it decided that the guest won't start?
@@ -445,6 +446,16 @@ bool postcopy_device_incoming_recoverable(MigrationIncomingState *mis);
  * Any thread.
  */
 bool postcopy_device_incoming_failed(MigrationIncomingState *mis);
+
+/**
+ * postcopy_device_incoming_prepared: could the source have let go of the guest?
+ *
+ * Returns: true in postcopy-device once all devices are loaded: only a recovery
+ *          helps if the link is lost.
+ *
+ * Any thread.
+ */
+bool postcopy_device_incoming_prepared(MigrationIncomingState *mis);
 
 /**
  * postcopy_device_incoming_link_lost: the listen thread pauses for recovery
@@ -470,15 +481,16 @@ MigrationStatus
 postcopy_device_incoming_resume_state(MigrationIncomingState *mis);
 
 /**
- * postcopy_device_incoming_wait_started: wait until the guest is handed over
+ * postcopy_device_incoming_wait_decided: wait until it is certain what becomes
+ * of the guest
  *
  * @mis: the incoming migration
  *
- * Returns: false if that will never happen, as the load has failed.
+ * Returns when the guest has been handed over, or never will be.
  *
- * Listen thread, when it has received everything.
+ * Listen thread, when it has received everything, or has failed.
  */
-bool postcopy_device_incoming_wait_started(MigrationIncomingState *mis);
+void postcopy_device_incoming_wait_decided(MigrationIncomingState *mis);
 
 /**
  * postcopy_device_incoming_preempt_lost: the preempt channel has failed
@@ -509,7 +521,8 @@ void postcopy_device_incoming_listen_lost(MigrationIncomingState *mis, int ret);
  *
  * @mis: the incoming migration
  *
- * Has the main thread join it.  Listen thread.
+ * Has the main thread join it, and end the migration unless the load coroutine
+ * still has to do that.  Listen thread.
  */
 void postcopy_device_incoming_listen_end(MigrationIncomingState *mis);
 
@@ -518,11 +531,14 @@ void postcopy_device_incoming_listen_end(MigrationIncomingState *mis);
  *
  * @mis: the incoming migration
  *
- * Ends the listen thread, if there is one, with those that it looks after, and
- * sets the state to failed if that of the phase is reached.  The main loop runs
- * meanwhile.  Main thread, in the load coroutine.
+ * Ends the listen thread, if there is one, with those that it looks after; the
+ * migration ends when that has.
+ *
+ * Returns: false if there is no listen thread: the caller has to end the
+ *          migration
+ *
+ * Main thread, in the load coroutine, which is about to end.
  */
-void coroutine_fn
-postcopy_device_incoming_abort(MigrationIncomingState *mis);
+bool postcopy_device_incoming_abort(MigrationIncomingState *mis);
 
 #endif

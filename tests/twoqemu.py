@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import select
 import shutil
 import signal
@@ -150,13 +151,42 @@ class Relay:
             link.source_end.sendall(data)
 
 
-# Messages of the destination (MIG_RP_MSG_* in migration.c)
-PONG, REQ_PAGES_ID, REQ_PAGES = 2, 3, 4
+# QEMU_VM_COMMAND, MIG_CMD_PACKAGED and the package's length, and what it
+# begins with: MIG_CMD_POSTCOPY_LISTEN
+PACKAGE = re.compile(rb'\x08\0\x07\0\x04(....)\x08\0\x04\0\0', re.DOTALL)
+PACKAGE_SIZE = 14
 
 
-def page_wanted(kind, _body):
-    """It asks for a page."""
-    return kind in (REQ_PAGES_ID, REQ_PAGES)
+class Halt(Relay):
+    """When half of the package has passed, nothing does until it is closed."""
+
+    def __init__(self, path, destination):
+        self.reached, self.closed = threading.Event(), threading.Event()
+        super().__init__(path, destination)
+
+    def close(self):
+        self.closed.set()
+        super().close()
+
+    def forward(self, link):
+        tail, left = b'', None
+        while data := link.source_end.recv(65536):
+            found = left is None and PACKAGE.search(tail + data)
+            if found:
+                left = (found.end() - len(tail)
+                        + int.from_bytes(found[1], 'big') // 2)
+            if left is not None:
+                data = data[:left]
+                left -= len(data)
+            link.destination_end.sendall(data)
+            if left == 0:
+                self.reached.set()
+                self.closed.wait()
+            tail = (tail + data)[1 - PACKAGE_SIZE:]
+
+
+# A message of the destination (MIG_RP_MSG_PONG in migration.c)
+PONG = 2
 
 
 def loaded(kind, body):

@@ -21,7 +21,6 @@ import time
 from twoqemu import INTERRUPTS
 
 NEAR, FAR = '10.0.0.1', '10.0.0.2'
-QUEUE = 1000 * 1500     # bytes, like the thousand packets of a network card
 
 CLONE_NEWNET, PR_SET_PDEATHSIG = 0x40000000, 1
 TUNSETIFF, TUNSETOFFLOAD = 0x400454ca, 0x400454d0
@@ -67,7 +66,7 @@ class Link:
         with open('/proc/sys/net/ipv4/tcp_no_metrics_save', 'w',
                   encoding='ascii') as no_metrics_save:
             no_metrics_save.write('1')
-        self.shape = multiprocessing.Array('d', (1e9, 0))
+        self.shape = multiprocessing.Array('d', (1e9, 0, 1e6))
         self.process = multiprocessing.Process(target=self._run, daemon=True)
         self.process.start()
 
@@ -77,9 +76,9 @@ class Link:
         return (f'addr add {address}/32 dev {dev}', f'link set {dev} up',
                 f'route add {peer}/32 dev {dev} congctl cubic')
 
-    def set(self, rate, round_trip):
-        """RATE in bit/s; the link is idle now"""
-        self.shape[:] = rate / 8, round_trip / 2
+    def set(self, rate, round_trip, queue):
+        """RATE in bit/s, QUEUE in bytes; the link is idle now"""
+        self.shape[:] = rate / 8, round_trip / 2, queue
 
     def close(self):
         self.process.kill()
@@ -108,9 +107,9 @@ class Link:
                 if fd not in ready:
                     continue
                 packet = os.read(fd, 1 << 17)
-                rate, delay = self.shape
+                rate, delay, limit = self.shape
                 now = time.monotonic()
                 free[i] = max(free[i], now)
-                if free[i] - now < QUEUE / rate:
+                if free[i] - now < limit / rate:
                     free[i] += (len(packet) - VNET_HDR_SIZE) / rate
                     queues[i].append((free[i] + delay, packet))

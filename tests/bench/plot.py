@@ -28,8 +28,8 @@ def _gnuplot(path, height, title, commands, series):
     subprocess.run(['gnuplot'], input='\n'.join(script), text=True, check=True)
 
 
-def points(out, name, title, results, labels, places):
-    """Medians and quartiles; PLACES are (text, case, figure)."""
+def points(out, name, title, results, labels, places, bars=False):
+    """Medians, with quartiles or as BARS; PLACES are (text, case, figure)."""
     places = [place for place in places
               if any((place[1], label, place[2]) in results
                      for label in labels)]
@@ -37,6 +37,7 @@ def points(out, name, title, results, labels, places):
         return
     tics = ', '.join(f'"{text}" {len(places) - i}'
                      for i, (text, _, _) in enumerate(places))
+    step = 0.8 / len(labels) if bars else 0.15
     series = []
     for number, label in enumerate(labels):
         rows = []
@@ -44,22 +45,22 @@ def points(out, name, title, results, labels, places):
             values = results.get((case, label, figure))
             if values:
                 low, median, high = quartiles(values)
-                rows.append((median, len(places) - i + 0.15 *
+                rows.append((median, len(places) - i + step *
                              ((len(labels) - 1) / 2 - number), low, high))
-        if rows:
+        if rows and bars:
+            series += [
+                (label, rows, f'using (0):2:(0):1:($2-{step * 0.45}):'
+                 f'($2+{step * 0.45}) with boxxyerror fillstyle solid 0.8 '
+                 f'linetype {number + 1}'),
+                ('', rows, 'using 1:2:(sprintf("%.0f", $1)) '
+                 'with labels left offset 0.5,0')]
+        elif rows:
             series.append((label, rows,
                            'with xerrorbars pointtype 7 pointsize 0.7'))
-    _gnuplot(os.path.join(out, name + '.svg'), 200 + 32 * len(places), title,
-             ['set logscale x', 'set xlabel "ms, median and quartiles"',
-              f'set ytics ({tics})', f'set yrange [0.4:{len(places) + 0.6}]'],
-             series)
-
-
-def lines(out, name, title, samples):
-    """SAMPLES are rows (seconds, MiB) by the line's title."""
-    if samples:
-        _gnuplot(os.path.join(out, name + '.svg'), 420, title,
-                 ['set xlabel "seconds after the guest has stopped"',
-                  'set ylabel "MiB"', 'set yrange [0:350<*]'],
-                 [(text, rows, 'with lines linewidth 2')
-                  for text, rows in samples.items()])
+    axis = (['set offsets 0, graph 0.08, 0, 0', 'set xrange [0:*]',
+             'set xlabel "ms, median; shorter is better"'] if bars else
+            ['set logscale x', 'set xlabel "ms, median and quartiles"'])
+    _gnuplot(os.path.join(out, name + '.svg'),
+             200 + (60 if bars else 32) * len(places), title,
+             axis + [f'set ytics ({tics})',
+                     f'set yrange [0.4:{len(places) + 0.6}]'], series)

@@ -85,6 +85,12 @@ struct FaultProxy {
     bool trap_worked;
     char *spoil_idstr;
     bool change_ping;
+    bool change_pong;
+    uint32_t swallow_pong;
+    bool repeat_requests;
+    unsigned requests;
+    uint64_t bytes_to_dst;
+    GByteArray *insert;
     uint32_t ping_from;
     uint32_t ping_to;
     bool opaque;
@@ -234,6 +240,7 @@ static void parse_to_dst(FaultProxy *p, Stream *s)
         stl_be_p(&s->buf->data[offset + PING_LEN - 4], p->ping_to);
         s->parsed = offset + PING_LEN;
         p->change_ping = false;
+        p->change_pong = true;
     }
 
     if (!p->trap_set || p->trap_point > FAULT_PROXY_BEFORE_PING) {
@@ -307,8 +314,23 @@ static size_t rp_message_len(const GByteArray *buf, size_t start)
     return len;
 }
 
+/* In between two messages */
+static void insert_to_src(FaultProxy *p, Stream *s)
+{
+    size_t tail = s->buf->len - s->parsed;
+
+    g_byte_array_append(s->buf, p->insert->data, p->insert->len);
+    memmove(&s->buf->data[s->parsed + p->insert->len],
+            &s->buf->data[s->parsed], tail);
+    memcpy(&s->buf->data[s->parsed], p->insert->data, p->insert->len);
+    s->parsed += p->insert->len;
+    g_byte_array_set_size(p->insert, 0);
+}
+
 static void parse_to_src(FaultProxy *p, Stream *s)
 {
+    insert_to_src(p, s);
+
     while (!s->trapped) {
         size_t start = s->parsed;
         size_t len = rp_message_len(s->buf, start);
@@ -324,7 +346,26 @@ static void parse_to_src(FaultProxy *p, Stream *s)
         if (len >= RP_HEADER_LEN + 4) {
             value = ldl_be_p(&s->buf->data[start + RP_HEADER_LEN]);
         }
+        if (type == RP_MSG_PONG && p->change_pong && value == p->ping_to) {
+            value = p->ping_from;
+            stl_be_p(&s->buf->data[start + RP_HEADER_LEN], value);
+        }
+        if (type == RP_MSG_REQ_PAGES_ID || type == RP_MSG_REQ_PAGES) {
+            p->requests++;
+            if (p->repeat_requests) {
+                g_byte_array_append(p->insert, &s->buf->data[start], len);
+            }
+        }
+        if (type == RP_MSG_PONG && p->swallow_pong &&
+            value == p->swallow_pong) {
+            g_byte_array_remove_range(s->buf, start, len);
+            p->swallow_pong = 0;
+            p->trap_worked = true;
+            g_cond_broadcast(&p->cond);
+            continue;
+        }
         s->parsed += len;
+        insert_to_src(p, s);
 
         if (!p->trap_set) {
             continue;
@@ -425,6 +466,7 @@ static bool pump(FaultProxy *p, Channel *c, Direction d)
         } else {
             ret = send(s->out, s->buf->data + s->done, len, MSG_NOSIGNAL);
             if (ret > 0) {
+                p->bytes_to_dst += d == TO_DST ? ret : 0;
                 consume(s, ret);
             } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
                 return true;
@@ -551,6 +593,7 @@ FaultProxy *fault_proxy_new(const char *dir, const char *dst_path)
     p->uri = g_strdup_printf("unix:%s", p->path);
     p->dst_path = g_strdup(dst_path);
     p->channels = g_ptr_array_new_with_free_func(channel_free);
+    p->insert = g_byte_array_new();
     g_mutex_init(&p->lock);
     g_cond_init(&p->cond);
     g_assert_cmpint(event_notifier_init(&p->wake, false), ==, 0);
@@ -576,6 +619,7 @@ void fault_proxy_free(FaultProxy *p)
     g_thread_join(p->thread);
 
     g_ptr_array_unref(p->channels);
+    g_byte_array_unref(p->insert);
     close(p->listen_fd);
     unlink(p->path);
     event_notifier_cleanup(&p->wake);
@@ -630,6 +674,49 @@ void fault_proxy_change_ping(FaultProxy *p, uint32_t from, uint32_t to)
     g_mutex_unlock(&p->lock);
 }
 
+void fault_proxy_swallow_pong(FaultProxy *p, uint32_t value)
+{
+    g_mutex_lock(&p->lock);
+    p->swallow_pong = value;
+    p->trap_worked = false;
+    g_mutex_unlock(&p->lock);
+}
+
+void fault_proxy_repeat_requests(FaultProxy *p)
+{
+    g_mutex_lock(&p->lock);
+    p->repeat_requests = true;
+    g_mutex_unlock(&p->lock);
+}
+
+void fault_proxy_insert(FaultProxy *p, const void *data, size_t size)
+{
+    g_mutex_lock(&p->lock);
+    g_byte_array_append(p->insert, data, size);
+    event_notifier_set(&p->wake);
+    g_mutex_unlock(&p->lock);
+}
+
+unsigned fault_proxy_requests(FaultProxy *p)
+{
+    unsigned requests;
+
+    g_mutex_lock(&p->lock);
+    requests = p->requests;
+    g_mutex_unlock(&p->lock);
+    return requests;
+}
+
+uint64_t fault_proxy_bytes(FaultProxy *p)
+{
+    uint64_t bytes;
+
+    g_mutex_lock(&p->lock);
+    bytes = p->bytes_to_dst;
+    g_mutex_unlock(&p->lock);
+    return bytes;
+}
+
 void fault_proxy_wait(FaultProxy *p)
 {
     gint64 end = g_get_monotonic_time() + WAIT_SECONDS * G_TIME_SPAN_SECOND;
@@ -650,6 +737,25 @@ void fault_proxy_set_mode(FaultProxy *p, FaultProxyMode to_dst,
     g_mutex_lock(&p->lock);
     p->mode[TO_DST] = to_dst;
     p->mode[TO_SRC] = to_src;
+    event_notifier_set(&p->wake);
+    g_mutex_unlock(&p->lock);
+}
+
+void fault_proxy_cut_source(FaultProxy *p)
+{
+    g_mutex_lock(&p->lock);
+    for (int i = 0; i < p->channels->len; i++) {
+        Channel *c = g_ptr_array_index(p->channels, i);
+        int fd = c->stream[TO_DST].in;
+        int idle[2];
+
+        g_assert_cmpint(socketpair(AF_UNIX, SOCK_STREAM, 0, idle), ==, 0);
+        shutdown(fd, SHUT_RDWR);
+        /* Its other end stays open until the test ends */
+        g_assert_cmpint(dup2(idle[0], fd), ==, fd);
+        close(idle[0]);
+        qemu_socket_set_nonblock(fd);
+    }
     event_notifier_set(&p->wake);
     g_mutex_unlock(&p->lock);
 }

@@ -141,9 +141,55 @@ void fault_proxy_set_opaque(FaultProxy *p);
  * @to: what it becomes
  *
  * Concerns the next such ping, which the proxy searches for as it does for the
- * package.  No trap of the package works before it has come.
+ * package.  No trap of the package works before it has come.  The source gets
+ * the answer that it expects.
  */
 void fault_proxy_change_ping(FaultProxy *p, uint32_t from, uint32_t to);
+
+/**
+ * fault_proxy_swallow_pong: have the source not hear a pong
+ *
+ * @p: the proxy
+ * @value: the value of the pong
+ *
+ * The next one is left out, and everything else goes on.  It counts as a trap:
+ * fault_proxy_wait() waits for it.
+ */
+void fault_proxy_swallow_pong(FaultProxy *p, uint32_t value);
+
+/**
+ * fault_proxy_repeat_requests: have the source hear each request for pages twice
+ *
+ * @p: the proxy
+ */
+void fault_proxy_repeat_requests(FaultProxy *p);
+
+/**
+ * fault_proxy_insert: have the source hear what the destination has not said
+ *
+ * @p: the proxy
+ * @data: messages of the return path
+ * @size: their size in bytes
+ */
+void fault_proxy_insert(FaultProxy *p, const void *data, size_t size);
+
+/**
+ * fault_proxy_requests: how many times has the destination asked for pages?
+ *
+ * @p: the proxy
+ *
+ * Returns: the number of such messages that were passed on
+ */
+unsigned fault_proxy_requests(FaultProxy *p);
+
+/**
+ * fault_proxy_bytes: how much has the destination got?
+ *
+ * @p: the proxy
+ *
+ * Returns: the number of bytes, on all connections
+ */
+uint64_t fault_proxy_bytes(FaultProxy *p);
 
 /**
  * fault_proxy_wait: wait until the trap has worked
@@ -165,6 +211,15 @@ void fault_proxy_wait(FaultProxy *p);
  */
 void fault_proxy_set_mode(FaultProxy *p, FaultProxyMode to_dst,
                           FaultProxyMode to_src);
+
+/**
+ * fault_proxy_cut_source: close all connections, but only the source notices
+ *
+ * @p: the proxy
+ *
+ * The destination goes on waiting, as when a network has vanished.
+ */
+void fault_proxy_cut_source(FaultProxy *p);
 
 /**
  * fault_proxy_cut: close all connections

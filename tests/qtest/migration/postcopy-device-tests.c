@@ -11,6 +11,7 @@
 #include "libqtest.h"
 #include "libqos/pci-pc.h"
 #include "hw/pci/pci.h"
+#include "standard-headers/linux/virtio_ids.h"
 #include "standard-headers/linux/virtio_pci.h"
 #include "migration/bootfile.h"
 #include "migration/fault-proxy.h"
@@ -26,13 +27,24 @@
 #define PING_HOLD       0x484f4c44
 #define PONG_HELD       0x48454c44
 #define PING_START      0x53545254
-/* Behind background pages, see there */
-#define PING_PACE       0x50414345
 /* No one knows this value */
 #define PING_UNKNOWN    0x3f3f3f3f
 
 /* A section that every machine has in its device state */
 #define SPOILED_SECTION "timer"
+
+/* What all names of tests begin with */
+#define TEST_PREFIX     "migration/postcopy-device/"
+
+/* Where a test interferes.  PACKAGE_END is in front of the last byte. */
+#define BEFORE_PACKAGE  { FAULT_PROXY_BEFORE_PACKAGE }
+#define IN_PACKAGE      { FAULT_PROXY_IN_PACKAGE, 100 }
+#define PACKAGE_END     { FAULT_PROXY_IN_PACKAGE, UINT32_MAX }
+#define BEHIND_PACKAGE  { FAULT_PROXY_BEHIND_PACKAGE }
+#define BEFORE_PONG     { FAULT_PROXY_BEFORE_PONG, PING_LOADED }
+#define BEHIND_PONG     { FAULT_PROXY_BEHIND_PONG, PING_LOADED }
+#define BEFORE_SHUT     { FAULT_PROXY_BEFORE_SHUT }
+#define BEFORE_HOLD     { FAULT_PROXY_BEFORE_PING, PING_HOLD }
 
 /*
  * The guest dirties its memory over and over: in so much of it there are pages
@@ -40,12 +52,22 @@
  */
 #define STUCK_SIZE      (8 * MiB)
 
+/* Messages of the return path, see migration/migration.c */
+#define RP_PONG         "\0\2\0\4"
+
 /* Descriptors, available ring and used ring of a queue have a page each. */
 #define RING_PAGES      3
 #define RINGS_START     X86_TEST_MEM_END
 
+#define HUGETLBFS_OPTS \
+    "-object memory-backend-memfd,id=pc.ram,size=%s,hugetlb=on,hugetlbsize=2M " \
+    "-machine memory-backend=pc.ram"
+#define BITMAP_OPTS "-blockdev null-co,node-name=node0,size=1099511627776"
 #define XHCI_OPTS "-device qemu-xhci -device usb-kbd"
 #define VMGENID_OPTS "-device vmgenid"
+#define IOMMU_OPTS \
+    "-device intel-iommu,intremap=off " VIRTIO_OPTS \
+    ",iommu_platform=on,disable-legacy=on"
 #define VIRTIO_OPTS \
     "-blockdev null-co,node-name=node0,size=1073741824,read-zeroes=on " \
     "-device virtio-blk-pci,drive=node0"
@@ -67,15 +89,22 @@ typedef struct Side {
     bool woken;
 } Side;
 
+typedef struct StreamPoint {
+    FaultProxyPoint point;
+    uint32_t value;
+} StreamPoint;
+
 typedef struct DeviceTest {
     Side src;
     Side dst;
     FaultProxy *proxy;
     /* So many queues of the virtio-blk device are in use */
     unsigned queues_started;
+    void *tls_data;
 
-    /*** What to test, set before device_test_start() ***/
+    /*** Options, from the table of tests ***/
 
+    StreamPoint at;
     /* Use postcopy-preempt */
     bool preempt;
     /* The guest is paused before it is migrated */
@@ -83,42 +112,53 @@ typedef struct DeviceTest {
     /* The guest suspends itself before it is migrated (x86 only) */
     bool suspended;
     /*
-     * All of the RAM has been sent before the switchover.  Needs @paused; a
+     * All of the RAM has been sent before the switchover.  Implies @paused; a
      * dirty bitmap keeps the migration from being completed in precopy.
      */
     bool no_ram_left;
-    /* Postcopy of a dirty bitmap only; there is no return path */
+    /* Postcopy of a dirty bitmap only */
     bool bitmap_only;
+    /* There is a return path nevertheless */
+    bool return_path;
     /* The source may drop what it has sent, when it needs it no more */
     bool release_ram;
     /* exit-on-error=false for the destination */
     bool no_exit;
     /*
      * A virtio-blk device that the firmware has left running: to load it, the
-     * destination reads guest memory that has not been sent (x86 only)
+     * destination reads guest memory that is dirty (x86 only)
      */
     bool virtio;
+    /* Guest memory has pages of 2 MiB; skipped if the host has not enough */
+    bool hugetlbfs;
+    /* A disk in a file, which whoever runs the guest locks */
+    bool disk;
+    /* It is behind an IOMMU, which translates (x86 only) */
+    bool iommu;
     /* So many queues, and all of them are in use; 0: one */
     unsigned queues;
     /* The same with a USB keyboard at an xHCI controller (x86 only) */
     bool xhci;
     /* The same with a VM generation ID (x86 only) */
     bool vmgenid;
-    /* The main loop of the destination is stuck in a page fault as well */
-    bool stuck;
     /* The virtio-blk device has another number of queues on the destination */
     bool virtio_mismatch;
     /* The destination does not know that it is to wait for START */
     bool no_hold;
+    /* The user stops the guest while it is being handed over */
+    bool stop;
     /* -S for the destination: the guest waits for 'cont' */
     bool wait_for_cont;
+    /* It comes before the source has let go of the guest */
+    bool early_cont;
+    /* The link breaks again after it has been restored */
+    bool cut_twice;
     /* The destination activates its disks as late as possible */
     bool late_activate;
     /* Both sides take out-of-band commands, as migrate-recover needs */
     bool oob;
     /* The link is encrypted, so the proxy cannot read it: no trap works */
     bool tls;
-    void *tls_data;
     /*
      * What the source has to do in this order, checked when it has ended: its
      * statuses, "notify" and the type of a notification, "running" when the
@@ -152,6 +192,18 @@ static G_GNUC_PRINTF(1, 2) void step(const char *fmt, ...)
     g_vsnprintf(current_step, sizeof(current_step), fmt, ap);
     va_end(ap);
     alarm(STEP_SECONDS);
+}
+
+/*** Files ***/
+
+static char *tmp_path(const char *name)
+{
+    return g_strdup_printf("%s/%s", migration_get_env()->tmpfs, name);
+}
+
+static char *dst_uri(void)
+{
+    return g_strdup_printf("unix:%s/migsocket", migration_get_env()->tmpfs);
 }
 
 /*** Events ***/
@@ -226,8 +278,10 @@ static void expect_resume(Side *side)
 
 /*** Queries ***/
 
-static void check_runstate(Side *side, bool running, const char *status)
+/* Any status but "running" means that the guest does not run; so does NULL. */
+static void check_runstate(Side *side, const char *status)
 {
+    bool running = !g_strcmp0(status, "running");
     QDict *rsp;
 
     step("query-status on the %s", side->name);
@@ -238,6 +292,13 @@ static void check_runstate(Side *side, bool running, const char *status)
         g_assert_cmpstr(qdict_get_str(rsp, "status"), ==, status);
     }
     qobject_unref(rsp);
+}
+
+/* The guest must not have run there since the test has last seen it start. */
+static void check_not_resumed(Side *side, const char *status)
+{
+    check_runstate(side, status);
+    g_assert_false(side->resumed);
 }
 
 static void check_migration_status(Side *side, const char *status)
@@ -309,6 +370,30 @@ static void check_qmp_answers(Side *side)
     }
 }
 
+/* The bitmap must be there, and usable. */
+static void check_bitmap(Side *side)
+{
+    const QListEntry *entry;
+    QDict *rsp, *bitmap;
+    QList *bitmaps = NULL;
+
+    step("query-named-block-nodes on the %s", side->name);
+    rsp = qtest_qmp(side->qts, "{ 'execute': 'query-named-block-nodes' }");
+    QLIST_FOREACH_ENTRY(qdict_get_qlist(rsp, "return"), entry) {
+        QDict *node = qobject_to(QDict, qlist_entry_obj(entry));
+
+        if (g_str_equal(qdict_get_str(node, "node-name"), "node0")) {
+            bitmaps = qdict_get_qlist(node, "dirty-bitmaps");
+        }
+    }
+    g_assert(bitmaps);
+    bitmap = qobject_to(QDict, qlist_peek(bitmaps));
+    g_assert_cmpstr(qdict_get_str(bitmap, "name"), ==, "bitmap0");
+    g_assert_false(qdict_get_bool(bitmap, "busy"));
+    g_assert_false(qdict_get_try_bool(bitmap, "inconsistent", false));
+    qobject_unref(rsp);
+}
+
 static int count_migration_threads(Side *side)
 {
     g_autofree char *path = g_strdup_printf("/proc/%d/task",
@@ -348,14 +433,9 @@ static void wait_no_migration_threads(Side *side)
 #define NOTIFY_DONE     "notify 1"
 #define NOTIFY_FAILED   "notify 2"
 
-static char *log_path(void)
-{
-    return g_strdup_printf("%s/src_log", migration_get_env()->tmpfs);
-}
-
 static char *log_opts(void)
 {
-    g_autofree char *path = log_path();
+    g_autofree char *path = tmp_path("src_log");
 
     return g_strdup_printf("-D %s -trace migrate_set_state "
                            "-trace migration_call_notifiers "
@@ -383,7 +463,7 @@ static char *log_parse_line(const char *line)
 
 static void check_log(const char *const *log)
 {
-    g_autofree char *path = log_path();
+    g_autofree char *path = tmp_path("src_log");
     g_autofree char *text = NULL;
     g_auto(GStrv) lines = NULL;
 
@@ -404,7 +484,7 @@ static void check_log(const char *const *log)
     unlink(path);
 }
 
-/*** The parts of a test ***/
+/*** A device that the firmware has left running ***/
 
 static void start_queues_of(QPCIDevice *dev, int devfn, void *opaque)
 {
@@ -445,6 +525,71 @@ static void dirty_queues(DeviceTest *t)
                  t->queues * RING_PAGES * VIRTIO_PCI_VRING_ALIGN);
 }
 
+/*** An IOMMU that translates ***/
+
+/* Registers, commands and table entries, see hw/i386/intel_iommu_internal.h */
+#define IOMMU_BASE          0xfed90000
+#define IOMMU_GCMD          (IOMMU_BASE + 0x18)
+#define IOMMU_GCMD_TE       (1u << 31)
+#define IOMMU_GCMD_SRTP     (1u << 30)
+#define IOMMU_RTADDR        (IOMMU_BASE + 0x20)
+#define IOMMU_PRESENT       1
+#define IOMMU_AW_39BIT      1
+#define IOMMU_GIB_PAGE_RW   0x83
+
+/* A page each: all buses, all functions of bus 0, their first 4 GiB */
+#define IOMMU_ROOT          (RINGS_START + 1 * MiB)
+#define IOMMU_CONTEXT       (IOMMU_ROOT + 4 * KiB)
+#define IOMMU_PAGES         (IOMMU_CONTEXT + 4 * KiB)
+
+static void iommu_add_device(QPCIDevice *dev, int devfn, void *opaque)
+{
+    QTestState *src = opaque;
+
+    qtest_writeq(src, IOMMU_CONTEXT + 16 * devfn, IOMMU_PAGES | IOMMU_PRESENT);
+    qtest_writeq(src, IOMMU_CONTEXT + 16 * devfn + 8, IOMMU_AW_39BIT);
+    g_free(dev);
+}
+
+/* Put the virtio-blk device behind the IOMMU; every address stays the same. */
+static void iommu_start(DeviceTest *t)
+{
+    QTestState *src = t->src.qts;
+    QPCIBus *bus = qpci_new_pc(src, NULL);
+
+    qtest_writeq(src, IOMMU_ROOT, IOMMU_CONTEXT | IOMMU_PRESENT);
+    qpci_device_foreach(bus, PCI_VENDOR_ID_REDHAT_QUMRANET,
+                        PCI_DEVICE_ID_VIRTIO_10_BASE + VIRTIO_ID_BLOCK,
+                        iommu_add_device, src);
+    qpci_free_pc(bus);
+    for (uint64_t i = 0; i < 4; i++) {
+        qtest_writeq(src, IOMMU_PAGES + 8 * i, i * GiB | IOMMU_GIB_PAGE_RW);
+    }
+
+    qtest_writeq(src, IOMMU_RTADDR, IOMMU_ROOT);
+    qtest_writel(src, IOMMU_GCMD, IOMMU_GCMD_SRTP);
+    qtest_writel(src, IOMMU_GCMD, IOMMU_GCMD_TE);
+}
+
+/* The destination has to ask for a table. */
+static void iommu_dirty_tables(DeviceTest *t)
+{
+    qtest_writeq(t->src.qts, IOMMU_PAGES + 4 * KiB - 8, 0);
+}
+
+/*** A disk ***/
+
+static char *disk_opts(void)
+{
+    g_autofree char *path = tmp_path("disk");
+
+    g_assert(g_file_set_contents(path, path, -1, NULL));
+    return g_strdup_printf("-blockdev file,node-name=file0,filename=%s "
+                           "-device virtio-blk-pci,drive=file0", path);
+}
+
+/*** The start of a test ***/
+
 static bool has_bitmap(DeviceTest *t)
 {
     return t->no_ram_left || t->bitmap_only;
@@ -456,6 +601,9 @@ static void set_capabilities(DeviceTest *t, QTestState *qts)
     migrate_set_capability(qts, "postcopy-preempt", t->preempt);
     migrate_set_capability(qts, "dirty-bitmaps", has_bitmap(t));
     migrate_set_capability(qts, "late-block-activate", t->late_activate);
+    migrate_set_capability(qts, "return-path", t->return_path);
+    /* No trap works, so the switchover has to wait in another way */
+    migrate_set_capability(qts, "pause-before-switchover", t->tls);
 }
 
 /*
@@ -494,36 +642,11 @@ static void set_parameters(DeviceTest *t, QTestState *qts)
                              granularity);
 }
 
-/* The bitmap must be there, and usable. */
-static void check_bitmap(Side *side)
-{
-    const QListEntry *entry;
-    QDict *rsp, *bitmap;
-    QList *bitmaps = NULL;
-
-    step("query-named-block-nodes on the %s", side->name);
-    rsp = qtest_qmp(side->qts, "{ 'execute': 'query-named-block-nodes' }");
-    QLIST_FOREACH_ENTRY(qdict_get_qlist(rsp, "return"), entry) {
-        QDict *node = qobject_to(QDict, qlist_entry_obj(entry));
-
-        if (g_str_equal(qdict_get_str(node, "node-name"), "node0")) {
-            bitmaps = qdict_get_qlist(node, "dirty-bitmaps");
-        }
-    }
-    g_assert(bitmaps);
-    bitmap = qobject_to(QDict, qlist_peek(bitmaps));
-    g_assert_cmpstr(qdict_get_str(bitmap, "name"), ==, "bitmap0");
-    g_assert_false(qdict_get_bool(bitmap, "busy"));
-    g_assert_false(qdict_get_try_bool(bitmap, "inconsistent", false));
-    qobject_unref(rsp);
-}
-
 /* Start a migration to @dst, and come back when postcopy may be started. */
 static void device_test_migrate(DeviceTest *t, QTestState *dst)
 {
     QTestState *src = t->src.qts;
-    g_autofree char *uri = g_strdup_printf("unix:%s/migsocket",
-                                           migration_get_env()->tmpfs);
+    g_autofree char *uri = dst_uri();
 
     step("starting the migration");
     set_capabilities(t, src);
@@ -537,17 +660,9 @@ static void device_test_migrate(DeviceTest *t, QTestState *dst)
     if (t->no_hold) {
         fault_proxy_change_ping(t->proxy, PING_HOLD, PING_UNKNOWN);
     }
-    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_PONG,
-                     t->no_hold ? PING_UNKNOWN : PONG_HELD,
-                     FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
     migrate_qmp(src, dst, fault_proxy_uri(t->proxy), NULL, "{}");
     expect_statuses(&t->src, "setup", "active", NULL);
     expect_statuses(&t->dst, "active", NULL);
-    if (!t->bitmap_only && !t->tls) {
-        step("waiting for the destination to answer the request to hold");
-        fault_proxy_wait(t->proxy);
-    }
-
     if (t->no_ram_left) {
         step("waiting for all of the RAM to be sent");
         while (get_migration_pass(src) < 1 ||
@@ -562,16 +677,19 @@ static void device_test_migrate(DeviceTest *t, QTestState *dst)
 
 static bool device_test_start(DeviceTest *t, bool hide_stderr)
 {
-    const char *opts = has_bitmap(t) ?
-            "-blockdev null-co,node-name=node0,size=1099511627776" :
-        t->virtio ? VIRTIO_OPTS :
-        t->xhci ? XHCI_OPTS :
-        t->vmgenid ? VMGENID_OPTS : "";
+    const char *opts = has_bitmap(t) ? BITMAP_OPTS :
+                       t->iommu ? IOMMU_OPTS :
+                       t->virtio ? VIRTIO_OPTS :
+                       t->xhci ? XHCI_OPTS :
+                       t->vmgenid ? VMGENID_OPTS : "";
     g_autofree char *log = t->log ? log_opts() : NULL;
+    g_autofree char *disk = t->disk ? disk_opts() : g_strdup("");
     g_autofree char *queues = t->queues ?
             g_strdup_printf(",num-queues=%u", t->queues) : g_strdup("");
-    g_autofree char *src_opts = g_strconcat(opts, queues, " ", log, NULL);
-    g_autofree char *dst_opts = g_strconcat(opts, queues, t->virtio_mismatch ?
+    g_autofree char *src_opts = g_strconcat(opts, queues, disk, " ", log,
+                                            NULL);
+    g_autofree char *dst_opts = g_strconcat(opts, queues, disk,
+                                            t->virtio_mismatch ?
                                             ",num-queues=2" : "",
                                             t->wait_for_cont ? " -S" : "",
                                             NULL);
@@ -581,10 +699,13 @@ static bool device_test_start(DeviceTest *t, bool hide_stderr)
         .oob = t->oob,
         .opts_source = src_opts,
         .opts_target = dst_opts,
+        .memory_backend = t->hugetlbfs ? HUGETLBFS_OPTS : NULL,
     };
     struct sigaction timeout = { .sa_handler = step_timeout };
-    g_autofree char *dst_path = NULL;
+    g_autofree char *dst_path = tmp_path("migsocket");
     QTestState *src, *dst;
+
+    t->paused |= t->no_ram_left;
 
     sigaction(SIGALRM, &timeout, NULL);
     step("starting QEMU");
@@ -593,7 +714,6 @@ static bool device_test_start(DeviceTest *t, bool hide_stderr)
         return false;
     }
 
-    dst_path = g_strdup_printf("%s/migsocket", migration_get_env()->tmpfs);
     t->proxy = fault_proxy_new(migration_get_env()->tmpfs, dst_path);
 
     set_parameters(t, src);
@@ -610,6 +730,9 @@ static bool device_test_start(DeviceTest *t, bool hide_stderr)
     if (t->queues) {
         start_queues(t);
     }
+    if (t->iommu) {
+        iommu_start(t);
+    }
     if (t->paused) {
         qtest_qmp_assert_success(src, "{ 'execute': 'stop' }");
     }
@@ -618,13 +741,74 @@ static bool device_test_start(DeviceTest *t, bool hide_stderr)
     return true;
 }
 
-static void device_test_start_postcopy(DeviceTest *t)
+/*** The way to a point of the stream ***/
+
+/* Come back at once: the link has to run dry before the guest is stopped */
+static void request_postcopy(DeviceTest *t)
 {
     step("starting postcopy");
     qtest_qmp_assert_success(t->src.qts,
                              "{ 'execute': 'migrate-start-postcopy' }");
-    expect_statuses(&t->src, "device", NULL);
 }
+
+static void expect_switchover(DeviceTest *t)
+{
+    expect_statuses(&t->src, "device", NULL);
+    if (!t->bitmap_only) {
+        expect_statuses(&t->src, "postcopy-device", NULL);
+    }
+}
+
+static void start_postcopy(DeviceTest *t)
+{
+    request_postcopy(t);
+    expect_switchover(t);
+}
+
+/* Start postcopy, and wait until the proxy is in these modes at @t->at. */
+static void postcopy_until(DeviceTest *t, FaultProxyMode to_dst,
+                           FaultProxyMode to_src, const char *what)
+{
+    fault_proxy_trap(t->proxy, t->at.point, t->at.value, to_dst, to_src);
+    start_postcopy(t);
+    step("waiting for %s", what);
+    fault_proxy_wait(t->proxy);
+}
+
+/* The destination loads everything, but the source does not hear of it. */
+static void postcopy_until_loaded(DeviceTest *t)
+{
+    t->at = (StreamPoint) BEFORE_PONG;
+    postcopy_until(t, FAULT_PROXY_FORWARD, FAULT_PROXY_HOLD,
+                   "the destination to load the device state");
+}
+
+/*
+ * Have the main loop of the destination read memory that has not been sent.
+ * The request gets through, the page if @to_dst says so.
+ */
+static void get_stuck(DeviceTest *t, FaultProxyMode to_dst)
+{
+    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_REQ_PAGES, 0,
+                     to_dst, FAULT_PROXY_FORWARD);
+    step("waiting for the main loop of the destination to be stuck");
+    qtest_qmp_send(t->dst.qts, "{ 'execute': 'pmemsave', 'arguments': {"
+                   " 'val': %d, 'size': %d, 'filename': '/dev/null' } }",
+                   X86_TEST_MEM_START, (int)STUCK_SIZE);
+    fault_proxy_wait(t->proxy);
+}
+
+static void get_unstuck(DeviceTest *t)
+{
+    QDict *rsp;
+
+    step("waiting for the main loop of the destination to go on");
+    rsp = qtest_qmp_receive(t->dst.qts);
+    g_assert(qdict_haskey(rsp, "return"));
+    qobject_unref(rsp);
+}
+
+/*** What becomes of the guest ***/
 
 static void cont(Side *side)
 {
@@ -632,11 +816,17 @@ static void cont(Side *side)
     qtest_qmp_assert_success(side->qts, "{ 'execute': 'cont' }");
 }
 
+static void cancel(DeviceTest *t)
+{
+    step("cancelling");
+    migrate_cancel(t->src.qts);
+    expect_statuses(&t->src, "cancelling", "cancelled", NULL);
+}
+
 /* A guest that wakes up boots again.  There is no event for that. */
 static void wake_up(Side *side)
 {
-    g_autofree char *path = g_strdup_printf("%s/src_serial",
-                                            migration_get_env()->tmpfs);
+    g_autofree char *path = tmp_path("src_serial");
     g_autofree char *serial = NULL;
 
     step("waking up the guest on the %s", side->name);
@@ -657,17 +847,16 @@ static void expect_guest_back(DeviceTest *t)
     Side *src = &t->src;
 
     wait_no_migration_threads(src);
-    if (t->paused) {
-        check_runstate(src, false, "paused");
-        g_assert_false(src->resumed);
+    if (t->paused || t->stop) {
+        check_not_resumed(src, "paused");
         cont(src);
     }
     expect_resume(src);
     if (t->suspended) {
-        check_runstate(src, false, "suspended");
+        check_runstate(src, "suspended");
         wake_up(src);
     }
-    check_runstate(src, true, "running");
+    check_runstate(src, "running");
 
     if (t->no_ram_left) {
         check_bitmap(src);
@@ -692,16 +881,36 @@ static void expect_destination_fails(DeviceTest *t, const char *word)
     Side *dst = &t->dst;
 
     if (t->no_exit) {
+        if (t->at.point >= FAULT_PROXY_BEHIND_PACKAGE) {
+            /* It has the package, so it has begun to load */
+            expect_statuses(dst, "postcopy-device", NULL);
+        }
         expect_statuses(dst, "failed", NULL);
         check_error_desc(dst, word);
         wait_no_migration_threads(dst);
-        check_runstate(dst, false, NULL);
-        g_assert_false(dst->resumed);
+        check_not_resumed(dst, NULL);
     } else {
         step("waiting for the destination to exit");
         qtest_set_expected_status(dst->qts, EXIT_FAILURE);
         qtest_wait_qemu(dst->qts);
     }
+}
+
+static void expect_destination_waits(DeviceTest *t)
+{
+    check_not_resumed(&t->dst, "inmigrate");
+    /* There is no event for it, and the status has changed before */
+    step("waiting for the destination to let go of its disks");
+    while (disks_active(&t->dst)) {
+        g_usleep(1000);
+    }
+}
+
+/* The destination has everything, and cannot know who has the guest. */
+static void expect_destination_in_doubt(DeviceTest *t)
+{
+    expect_statuses(&t->dst, "postcopy-device", "postcopy-paused", NULL);
+    expect_destination_waits(t);
 }
 
 /* The source may send all of the RAM from here on. */
@@ -711,6 +920,19 @@ static void expect_completed(DeviceTest *t)
     expect_statuses(&t->dst, "completed", NULL);
     expect_statuses(&t->src, "completed", NULL);
 }
+
+/* Let everything through; the migration must succeed. */
+static void complete(DeviceTest *t)
+{
+    fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    expect_statuses(&t->src, "postcopy-active", NULL);
+    expect_statuses(&t->dst, "postcopy-active", NULL);
+    expect_completed(t);
+    expect_resume(&t->dst);
+    check_runstate(&t->dst, "running");
+}
+
+/*** The end of a test ***/
 
 static void device_test_quit(DeviceTest *t, bool check_dst)
 {
@@ -730,21 +952,11 @@ static void device_test_quit(DeviceTest *t, bool check_dst)
     alarm(0);
 }
 
-/* Nothing is in the way any longer, and nothing has happened so far. */
-static void expect_success(DeviceTest *t)
-{
-    expect_statuses(&t->src, "postcopy-active", NULL);
-    expect_statuses(&t->dst, "postcopy-device", "postcopy-active", NULL);
-    expect_completed(t);
-    expect_resume(&t->dst);
-}
-
 /* The guest must run on the destination, and only there. */
 static void end_on_destination(DeviceTest *t)
 {
     wait_no_migration_threads(&t->src);
-    check_runstate(&t->src, false, "postmigrate");
-    g_assert_false(t->src.resumed);
+    check_not_resumed(&t->src, "postmigrate");
     device_test_quit(t, true);
 }
 
@@ -756,211 +968,72 @@ static void end_on_source(DeviceTest *t)
     device_test_quit(t, false);
 }
 
+/* The same, and it has not noticed anything. */
+static void end_never_stopped(DeviceTest *t)
+{
+    wait_no_migration_threads(&t->src);
+    g_assert_false(t->src.stopped);
+    check_runstate(&t->src, "running");
+    expect_destination_fails(t, NULL);
+    end_on_source(t);
+}
+
 /*** Success ***/
 
-/* Have the proxy keep the source waiting, and the destination loaded. */
 static void hold_pong(DeviceTest *t)
 {
-    fault_proxy_trap(t->proxy, FAULT_PROXY_BEFORE_PONG, PING_LOADED,
-                     FAULT_PROXY_FORWARD, FAULT_PROXY_HOLD);
-    device_test_start_postcopy(t);
-    expect_statuses(&t->src, "postcopy-device", NULL);
+    postcopy_until_loaded(t);
     expect_statuses(&t->dst, "postcopy-device", NULL);
-    step("waiting for the destination to load the device state");
-    fault_proxy_wait(t->proxy);
     /* It is not postcopy-active before the destination says so */
     check_migration_status(&t->src, "postcopy-device");
-    check_runstate(&t->src, false, "finish-migrate");
-}
-
-static void release_pong(DeviceTest *t)
-{
-    fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
-    expect_statuses(&t->src, "postcopy-active", NULL);
-    expect_statuses(&t->dst, "postcopy-active", NULL);
-    expect_completed(t);
-    expect_resume(&t->dst);
-    check_runstate(&t->dst, true, "running");
-}
-
-static void complete_migration(DeviceTest *t)
-{
-    hold_pong(t);
-    release_pong(t);
+    check_runstate(&t->src, "finish-migrate");
 }
 
 static void run_success(DeviceTest *t)
 {
-    if (!device_test_start(t, false)) {
-        return;
-    }
-    complete_migration(t);
+    hold_pong(t);
+    complete(t);
     end_on_destination(t);
-}
-
-static void test_success(void)
-{
-    run_success(&(DeviceTest) { });
-}
-
-static void test_success_no_ram_left(void)
-{
-    run_success(&(DeviceTest) { .paused = true, .no_ram_left = true });
-}
-
-static void test_success_release_ram(void)
-{
-    run_success(&(DeviceTest) { .release_ram = true });
-}
-
-static void test_success_preempt(void)
-{
-    run_success(&(DeviceTest) { .preempt = true });
 }
 
 /*
- * While the destination is kept waiting for a page, have its main loop read
- * memory that has not been sent, either.
+ * A lost START could not be made good by a recovery: the source does not wait
+ * for the destination, as ever.
  */
-static void get_stuck(DeviceTest *t)
+static void run_bitmap_only(DeviceTest *t)
 {
-    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_REQ_PAGES, 0,
-                     FAULT_PROXY_HOLD, FAULT_PROXY_FORWARD);
-    step("waiting for the main loop of the destination to be stuck");
-    qtest_qmp_send(t->dst.qts, "{ 'execute': 'pmemsave', 'arguments': {"
-                   " 'val': %d, 'size': %d, 'filename': '/dev/null' } }",
-                   X86_TEST_MEM_START, (int)STUCK_SIZE);
-    fault_proxy_wait(t->proxy);
-}
-
-static void get_unstuck(DeviceTest *t)
-{
-    QDict *rsp;
-
-    step("waiting for the main loop of the destination to go on");
-    rsp = qtest_qmp_receive(t->dst.qts);
-    g_assert(qdict_haskey(rsp, "return"));
-    qobject_unref(rsp);
-}
-
-/* The firmware's driver is running: loading needs a page from the source */
-static void run_success_page_fault(DeviceTest *t)
-{
-    if (!device_test_start(t, false)) {
-        return;
-    }
-    if (t->queues) {
-        dirty_queues(t);
-    }
-    /* When it asks for many, it must not wait for somebody to read that */
-    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_REQ_PAGES, 0,
-                     FAULT_PROXY_HOLD,
-                     t->queues ? FAULT_PROXY_STALL : FAULT_PROXY_FORWARD);
-    device_test_start_postcopy(t);
-    expect_statuses(&t->src, "postcopy-device", NULL);
-    step("waiting for the destination to ask for a page");
-    fault_proxy_wait(t->proxy);
-    check_migration_status(&t->src, "postcopy-device");
-    check_qmp_answers(&t->src);
-    if (t->stuck) {
-        get_stuck(t);
-    } else {
-        check_qmp_answers(&t->dst);
-    }
-
-    fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
-    if (t->stuck) {
-        get_unstuck(t);
-    }
-    expect_success(t);
+    start_postcopy(t);
+    expect_statuses(&t->src, "postcopy-active", "completed", NULL);
+    expect_statuses(&t->dst, "postcopy-active", "completed", NULL);
+    expect_resume(&t->dst);
+    check_bitmap(&t->dst);
     end_on_destination(t);
 }
 
-static void test_success_page_fault(void)
+static void run_late_activate(DeviceTest *t)
 {
-    run_success_page_fault(&(DeviceTest) { .virtio = true });
-}
-
-static void test_success_page_fault_queues(void)
-{
-    run_success_page_fault(&(DeviceTest) { .virtio = true, .queues = 512 });
-}
-
-static void test_success_page_fault_xhci(void)
-{
-    run_success_page_fault(&(DeviceTest) { .xhci = true });
-}
-
-static void test_success_page_fault_vmgenid(void)
-{
-    run_success_page_fault(&(DeviceTest) { .vmgenid = true });
-}
-
-static void test_success_page_fault_stuck(void)
-{
-    run_success_page_fault(&(DeviceTest) { .virtio = true, .stuck = true });
-}
-
-static void test_success_page_fault_preempt(void)
-{
-    run_success_page_fault(&(DeviceTest) { .virtio = true, .preempt = true });
-}
-
-/* A limit that is set in the phase does not keep back what is asked for. */
-static void test_success_page_fault_bandwidth(void)
-{
-    DeviceTest t = { .virtio = true };
-
-    if (!device_test_start(&t, false)) {
-        return;
-    }
-    fault_proxy_trap(t.proxy, FAULT_PROXY_BEFORE_PACKAGE, 0,
-                     FAULT_PROXY_HOLD, FAULT_PROXY_HOLD);
-    device_test_start_postcopy(&t);
-    expect_statuses(&t.src, "postcopy-device", NULL);
-    step("waiting for the package");
-    fault_proxy_wait(t.proxy);
-    migrate_set_parameter_int(t.src.qts, "max-postcopy-bandwidth", 4096);
-    fault_proxy_set_mode(t.proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
-    expect_success(&t);
-    end_on_destination(&t);
-}
-
-static void test_late_activate(void)
-{
-    DeviceTest t = { .late_activate = true };
-
-    if (!device_test_start(&t, false)) {
-        return;
-    }
-    hold_pong(&t);
-    g_assert_false(disks_active(&t.dst));
-    release_pong(&t);
-    g_assert(disks_active(&t.dst));
-    end_on_destination(&t);
+    hold_pong(t);
+    g_assert_false(disks_active(&t->dst));
+    complete(t);
+    g_assert(disks_active(&t->dst));
+    end_on_destination(t);
 }
 
 /* Management may say 'cont' at any time. */
-static void run_cont(DeviceTest *t, bool early)
+static void run_cont(DeviceTest *t)
 {
-    t->wait_for_cont = true;
-    if (!device_test_start(t, false)) {
-        return;
-    }
     hold_pong(t);
-    if (early) {
+    if (t->early_cont) {
         cont(&t->dst);
     }
-    check_runstate(&t->dst, false, "inmigrate");
-    g_assert_false(t->dst.resumed);
+    check_not_resumed(&t->dst, "inmigrate");
     g_assert(disks_active(&t->dst) != t->late_activate);
 
     fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
     expect_statuses(&t->src, "postcopy-active", NULL);
     expect_statuses(&t->dst, "postcopy-active", NULL);
-    if (!early) {
-        check_runstate(&t->dst, false, "paused");
-        g_assert_false(t->dst.resumed);
+    if (!t->early_cont) {
+        check_not_resumed(&t->dst, "paused");
         g_assert(disks_active(&t->dst) != t->late_activate);
         cont(&t->dst);
     }
@@ -971,156 +1044,167 @@ static void run_cont(DeviceTest *t, bool early)
     end_on_destination(t);
 }
 
-static void test_cont_before_start(void)
-{
-    run_cont(&(DeviceTest) { }, true);
-}
-
-static void test_cont_behind_start(void)
-{
-    run_cont(&(DeviceTest) { }, false);
-}
-
-static void test_cont_late_activate(void)
-{
-    run_cont(&(DeviceTest) { .late_activate = true }, false);
-}
-
 /* What is reported as downtime is no less than what the guest has seen. */
-static void test_downtime(void)
+static void run_downtime(DeviceTest *t)
 {
-    DeviceTest t = { };
-
-    if (!device_test_start(&t, false)) {
-        return;
-    }
-    hold_pong(&t);
+    hold_pong(t);
     /* The guest has stopped: from here it stands still for so long */
     g_usleep(2 * G_USEC_PER_SEC);
-    g_assert_false(shows_downtime(&t.src));
-    release_pong(&t);
-    g_assert(shows_downtime(&t.src));
-    g_assert_cmpint(read_migrate_property_int(t.src.qts, "downtime"), >=, 2000);
-    end_on_destination(&t);
-}
-
-/*
- * Without a return path the source cannot hear that the destination has loaded
- * the device state, and does not wait for it.
- */
-static void test_success_bitmap_only(void)
-{
-    DeviceTest t = { .bitmap_only = true };
-
-    if (!device_test_start(&t, false)) {
-        return;
-    }
-    device_test_start_postcopy(&t);
-    expect_statuses(&t.src, "postcopy-active", "completed", NULL);
-    expect_statuses(&t.dst, "postcopy-active", "completed", NULL);
-    expect_resume(&t.dst);
-    check_bitmap(&t.dst);
-    end_on_destination(&t);
-}
-
-/*
- * Let the source send pages that nobody has asked for, but hear nothing, so
- * that it stays in the phase.
- */
-static void background_start(DeviceTest *t)
-{
-    migrate_set_parameter_int(t->src.qts, "max-postcopy-bandwidth", 0);
-    fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_HOLD);
-}
-
-static void run_success_background(DeviceTest *t)
-{
-    if (!device_test_start(t, false)) {
-        return;
-    }
-    background_start(t);
-    fault_proxy_trap(t->proxy, FAULT_PROXY_BEFORE_PING, PING_PACE,
-                     FAULT_PROXY_HOLD, FAULT_PROXY_HOLD);
-    device_test_start_postcopy(t);
-    expect_statuses(&t->src, "postcopy-device", NULL);
-    expect_statuses(&t->dst, "postcopy-device", NULL);
-    step("waiting for the end of the first background pages");
-    fault_proxy_wait(t->proxy);
-    check_migration_status(&t->src, "postcopy-device");
-    release_pong(t);
+    g_assert_false(shows_downtime(&t->src));
+    complete(t);
+    g_assert(shows_downtime(&t->src));
+    g_assert_cmpint(read_migrate_property_int(t->src.qts, "downtime"), >=,
+                    2000);
     end_on_destination(t);
 }
 
-static void test_success_background(void)
+/*** The link runs dry before the guest is stopped ***/
+
+/* The destination has everything but the request to hold the guest. */
+static void drain_until_hold(DeviceTest *t)
 {
-    run_success_background(&(DeviceTest) { });
+    int64_t sent;
+
+    fault_proxy_trap(t->proxy, FAULT_PROXY_BEFORE_PING, PING_HOLD,
+                     FAULT_PROXY_HOLD, FAULT_PROXY_FORWARD);
+    request_postcopy(t);
+    step("waiting for the request to hold the guest");
+    fault_proxy_wait(t->proxy);
+
+    check_migration_status(&t->src, "active");
+    sent = read_ram_property_int(t->src.qts, "transferred");
+    /* The guest goes on */
+    migrate_wait_for_dirty_mem(t->src.qts, t->src.qts);
+    /* The request itself may not have been counted yet */
+    g_assert_cmpint(read_ram_property_int(t->src.qts, "transferred") - sent, <,
+                    KiB);
+    check_runstate(&t->src, "running");
+    g_assert_false(t->src.stopped);
 }
 
-static void test_success_background_preempt(void)
+static void run_drain(DeviceTest *t)
 {
-    run_success_background(&(DeviceTest) { .preempt = true });
+    drain_until_hold(t);
+    fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    expect_switchover(t);
+    expect_statuses(&t->dst, "postcopy-device", NULL);
+    complete(t);
+    end_on_destination(t);
+}
+
+static void run_drain_cut(DeviceTest *t)
+{
+    drain_until_hold(t);
+    fault_proxy_cut(t->proxy);
+    expect_statuses(&t->src, "failed", NULL);
+    check_error_desc(&t->src, NULL);
+    end_never_stopped(t);
+}
+
+static void run_drain_cancel(DeviceTest *t)
+{
+    drain_until_hold(t);
+    cancel(t);
+    fault_proxy_cut(t->proxy);
+    end_never_stopped(t);
+}
+
+/* A migration that is through with precopy does not wait. */
+static void run_drain_precopy(DeviceTest *t)
+{
+    fault_proxy_trap(t->proxy, FAULT_PROXY_BEFORE_PING, PING_HOLD,
+                     FAULT_PROXY_STALL, FAULT_PROXY_STALL);
+    step("waiting for precopy to end");
+    migrate_ensure_converge(t->src.qts);
+    expect_statuses(&t->src, "device", "completed", NULL);
+    expect_statuses(&t->dst, "completed", NULL);
+    expect_resume(&t->dst);
+    end_on_destination(t);
+}
+
+/*** Pages that the load of a device accesses are sent ahead ***/
+
+static void run_ahead(DeviceTest *t)
+{
+    if (t->queues) {
+        dirty_queues(t);
+    }
+    if (t->iommu) {
+        iommu_dirty_tables(t);
+    }
+    postcopy_until_loaded(t);
+    g_test_message("%u requests", fault_proxy_requests(t->proxy));
+    if (t->iommu) {
+        /* What is in the way are its tables, and it gets them */
+        g_assert_cmpuint(fault_proxy_requests(t->proxy), >, 0);
+    } else {
+        g_assert_cmpuint(fault_proxy_requests(t->proxy), ==, 0);
+    }
+    expect_statuses(&t->dst, "postcopy-device", NULL);
+    if (t->no_hold) {
+        expect_statuses(&t->dst, "postcopy-active", NULL);
+        fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD,
+                             FAULT_PROXY_FORWARD);
+        expect_statuses(&t->src, "postcopy-active", NULL);
+        expect_completed(t);
+    } else {
+        complete(t);
+    }
+    end_on_destination(t);
+}
+
+/*
+ * In the phase the source sends what is asked for, once.  Each request comes
+ * twice here.
+ */
+static void run_requested_only(DeviceTest *t)
+{
+    static const char loaded[] = RP_PONG "\0\0\0\x42";
+    unsigned requests;
+    uint64_t bytes;
+
+    migrate_set_parameter_int(t->src.qts, "max-postcopy-bandwidth", 0);
+    fault_proxy_swallow_pong(t->proxy, PING_LOADED);
+    start_postcopy(t);
+    step("waiting for the destination to load the device state");
+    fault_proxy_wait(t->proxy);
+    expect_statuses(&t->dst, "postcopy-device", NULL);
+
+    requests = fault_proxy_requests(t->proxy);
+    bytes = fault_proxy_bytes(t->proxy);
+    fault_proxy_repeat_requests(t->proxy);
+    get_stuck(t, FAULT_PROXY_FORWARD);
+    get_unstuck(t);
+    requests = fault_proxy_requests(t->proxy) - requests;
+    bytes = fault_proxy_bytes(t->proxy) - bytes;
+    g_test_message("%u requests, %" PRIu64 " bytes", requests, bytes);
+    g_assert_cmpuint(requests, >, 10);
+    g_assert_cmpuint(bytes, <, requests * (qemu_real_host_page_size() + KiB));
+
+    fault_proxy_insert(t->proxy, loaded, sizeof(loaded) - 1);
+    complete(t);
+    end_on_destination(t);
 }
 
 /*** The link breaks ***/
 
-static void cut_link(DeviceTest *t, FaultProxyPoint point, uint32_t value)
+static void cut_link(DeviceTest *t)
 {
-    fault_proxy_trap(t->proxy, point, value, FAULT_PROXY_HOLD,
-                     FAULT_PROXY_HOLD);
-    device_test_start_postcopy(t);
-    expect_statuses(&t->src, "postcopy-device", NULL);
-    step("waiting for the package");
-    fault_proxy_wait(t->proxy);
+    postcopy_until(t, FAULT_PROXY_HOLD, FAULT_PROXY_HOLD, "the package");
     check_migration_status(&t->src, "postcopy-device");
-    check_runstate(&t->src, false, "finish-migrate");
+    check_runstate(&t->src, "finish-migrate");
+    if (t->stop) {
+        qtest_qmp_assert_success(t->src.qts, "{ 'execute': 'stop' }");
+    }
     fault_proxy_cut(t->proxy);
     expect_source_resumes(t);
 }
 
-static void run_cut(DeviceTest *t, FaultProxyPoint point, uint32_t value)
+static void run_cut(DeviceTest *t)
 {
-    if (!device_test_start(t, true)) {
-        return;
-    }
-    cut_link(t, point, value);
+    cut_link(t);
     expect_destination_fails(t, NULL);
     end_on_source(t);
-}
-
-static void test_cut_before_package(void)
-{
-    run_cut(&(DeviceTest) { }, FAULT_PROXY_BEFORE_PACKAGE, 0);
-}
-
-static void test_cut_in_package(void)
-{
-    run_cut(&(DeviceTest) { }, FAULT_PROXY_IN_PACKAGE, 100);
-}
-
-static void test_cut_in_package_preempt(void)
-{
-    run_cut(&(DeviceTest) { .preempt = true }, FAULT_PROXY_IN_PACKAGE, 100);
-}
-
-static void test_cut_in_package_no_ram_left(void)
-{
-    run_cut(&(DeviceTest) { .paused = true, .no_ram_left = true },
-            FAULT_PROXY_IN_PACKAGE, 100);
-}
-
-static void test_cut_in_package_no_exit(void)
-{
-    run_cut(&(DeviceTest) { .no_exit = true }, FAULT_PROXY_IN_PACKAGE, 100);
-}
-
-static void test_cut_in_package_paused(void)
-{
-    run_cut(&(DeviceTest) { .paused = true }, FAULT_PROXY_IN_PACKAGE, 100);
-}
-
-static void test_cut_in_package_suspended(void)
-{
-    run_cut(&(DeviceTest) { .suspended = true }, FAULT_PROXY_IN_PACKAGE, 100);
 }
 
 /*
@@ -1128,314 +1212,114 @@ static void test_cut_in_package_suspended(void)
  * takes the guest back.  What the destination does depends on whether it has;
  * it must answer in any case.
  */
-static void test_cut_behind_package(void)
+static void run_cut_behind_package(DeviceTest *t)
 {
-    DeviceTest t = { .no_exit = true };
-
-    if (!device_test_start(&t, true)) {
-        return;
-    }
-    cut_link(&t, FAULT_PROXY_BEHIND_PACKAGE, 0);
-    step("query-migrate on the destination");
-    qobject_unref(migrate_query(t.dst.qts));
-    end_on_source(&t);
-}
-
-/* The same, with pages under way that nobody has asked for. */
-static void run_cut_background(DeviceTest *t)
-{
-    t->no_exit = true;
-    if (!device_test_start(t, true)) {
-        return;
-    }
-    background_start(t);
-    cut_link(t, FAULT_PROXY_BEFORE_PING, PING_PACE);
+    cut_link(t);
     step("query-migrate on the destination");
     qobject_unref(migrate_query(t->dst.qts));
     end_on_source(t);
 }
 
-static void test_cut_background(void)
-{
-    run_cut_background(&(DeviceTest) { });
-}
-
-static void test_cut_background_release_ram(void)
-{
-    run_cut_background(&(DeviceTest) { .release_ram = true });
-}
-
-static void test_cut_background_preempt(void)
-{
-    run_cut_background(&(DeviceTest) { .preempt = true });
-}
-
-/* The destination waits for a page that will not come any more. */
-static void test_cut_page_fault(void)
-{
-    run_cut(&(DeviceTest) { .virtio = true }, FAULT_PROXY_BEHIND_REQ_PAGES, 0);
-}
-
-static void test_cut_page_fault_preempt(void)
-{
-    run_cut(&(DeviceTest) { .virtio = true, .preempt = true },
-            FAULT_PROXY_BEHIND_REQ_PAGES, 0);
-}
-
-static void test_cut_page_fault_no_exit(void)
-{
-    DeviceTest t = { .virtio = true, .no_exit = true };
-
-    if (!device_test_start(&t, true)) {
-        return;
-    }
-    cut_link(&t, FAULT_PROXY_BEHIND_REQ_PAGES, 0);
-    expect_statuses(&t.dst, "postcopy-device", NULL);
-    expect_destination_fails(&t, NULL);
-    end_on_source(&t);
-}
-
 /*** Nothing moves, nothing breaks ***/
 
 /* Both sides must answer, and go on as if nothing had been. */
-static void run_stall(FaultProxyPoint point, uint32_t value)
+static void run_stall(DeviceTest *t)
 {
-    DeviceTest t = { };
+    postcopy_until(t, FAULT_PROXY_STALL, FAULT_PROXY_STALL,
+                   "the link to be stalled");
+    check_qmp_answers(&t->src);
+    check_qmp_answers(&t->dst);
 
-    if (!device_test_start(&t, false)) {
-        return;
-    }
-    fault_proxy_trap(t.proxy, point, value, FAULT_PROXY_STALL,
-                     FAULT_PROXY_STALL);
-    device_test_start_postcopy(&t);
-    expect_statuses(&t.src, "postcopy-device", NULL);
-    step("waiting for the link to be stalled");
-    fault_proxy_wait(t.proxy);
-    check_qmp_answers(&t.src);
-    check_qmp_answers(&t.dst);
-
-    fault_proxy_set_mode(t.proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
-    expect_success(&t);
-    end_on_destination(&t);
-}
-
-static void test_stall_in_package(void)
-{
-    run_stall(FAULT_PROXY_IN_PACKAGE, 100);
-}
-
-static void test_stall_before_pong(void)
-{
-    run_stall(FAULT_PROXY_BEFORE_PONG, PING_LOADED);
+    fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    expect_statuses(&t->dst, "postcopy-device", NULL);
+    complete(t);
+    end_on_destination(t);
 }
 
 /* Nothing moves any more while the source sends what is left of the RAM. */
-static void test_stall_completion(void)
+static void run_stall_completion(DeviceTest *t)
 {
-    DeviceTest t = { };
     int64_t first, before, sent;
 
-    if (!device_test_start(&t, false)) {
-        return;
-    }
-    hold_pong(&t);
-    first = sent = read_ram_property_int(t.src.qts, "transferred");
+    hold_pong(t);
+    first = sent = read_ram_property_int(t->src.qts, "transferred");
     /* All that is left counts as little enough to complete the migration */
-    migrate_set_parameter_int(t.src.qts, "downtime-limit", 2000 * 1000);
-    fault_proxy_set_mode(t.proxy, FAULT_PROXY_STALL, FAULT_PROXY_FORWARD);
-    expect_statuses(&t.src, "postcopy-active", NULL);
+    migrate_set_parameter_int(t->src.qts, "downtime-limit", 2000 * 1000);
+    fault_proxy_set_mode(t->proxy, FAULT_PROXY_STALL, FAULT_PROXY_FORWARD);
+    expect_statuses(&t->src, "postcopy-active", NULL);
     do {
         before = sent;
         /* Nothing tells when the source can send no more */
         g_usleep(200 * 1000);
-        check_qmp_answers(&t.src);
-        sent = read_ram_property_int(t.src.qts, "transferred");
+        check_qmp_answers(&t->src);
+        sent = read_ram_property_int(t->src.qts, "transferred");
     } while (sent != before || sent < first + MiB / 8);
 
-    fault_proxy_set_mode(t.proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
-    expect_statuses(&t.dst, "postcopy-active", NULL);
-    expect_completed(&t);
-    expect_resume(&t.dst);
-    end_on_destination(&t);
+    fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    expect_statuses(&t->dst, "postcopy-active", NULL);
+    expect_completed(t);
+    expect_resume(&t->dst);
+    end_on_destination(t);
 }
 
-static void test_stall_frozen(void)
+/* The destination freezes when the package is on its way */
+static void freeze(DeviceTest *t)
 {
-    DeviceTest t = { };
-
-    if (!device_test_start(&t, false)) {
-        return;
-    }
+    t->at = (StreamPoint) BEFORE_PACKAGE;
+    postcopy_until(t, FAULT_PROXY_HOLD, FAULT_PROXY_FORWARD, "the package");
     step("freezing the destination");
-    kill(qtest_pid(t.dst.qts), SIGSTOP);
-    device_test_start_postcopy(&t);
-    expect_statuses(&t.src, "postcopy-device", NULL);
-    check_qmp_answers(&t.src);
+    kill(qtest_pid(t->dst.qts), SIGSTOP);
+    fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+}
 
-    kill(qtest_pid(t.dst.qts), SIGCONT);
-    expect_success(&t);
-    end_on_destination(&t);
+static void run_stall_frozen(DeviceTest *t)
+{
+    freeze(t);
+    check_qmp_answers(&t->src);
+
+    kill(qtest_pid(t->dst.qts), SIGCONT);
+    expect_statuses(&t->dst, "postcopy-device", NULL);
+    complete(t);
+    end_on_destination(t);
 }
 
 #define YANK_MIGRATION \
     "'id': 'yank', 'arguments': { 'instances': [ { 'type': 'migration' } ] } }"
 
-static void yank(Side *side, bool oob)
+static void yank(DeviceTest *t, Side *side)
 {
     step("yank on the %s", side->name);
-    qtest_qmp_assert_success(side->qts, oob ?
+    qtest_qmp_assert_success(side->qts, t->oob ?
                              "{ 'exec-oob': 'yank', " YANK_MIGRATION :
                              "{ 'execute': 'yank', " YANK_MIGRATION);
 }
 
-static void test_yank_source(void)
+static void run_yank_source(DeviceTest *t)
 {
-    DeviceTest t = { };
-
-    if (!device_test_start(&t, true)) {
-        return;
-    }
-    fault_proxy_trap(t.proxy, FAULT_PROXY_IN_PACKAGE, 100,
-                     FAULT_PROXY_STALL, FAULT_PROXY_STALL);
-    device_test_start_postcopy(&t);
-    expect_statuses(&t.src, "postcopy-device", NULL);
-    step("waiting for the package");
-    fault_proxy_wait(t.proxy);
-    check_migration_status(&t.src, "postcopy-device");
-    yank(&t.src, false);
-    expect_source_resumes(&t);
-    fault_proxy_cut(t.proxy);
-    expect_destination_fails(&t, NULL);
-    end_on_source(&t);
-}
-
-static void run_yank_destination(DeviceTest *t, FaultProxyPoint point)
-{
-    t->no_exit = true;
-    t->oob = t->stuck;
-    if (!device_test_start(t, true)) {
-        return;
-    }
-    fault_proxy_trap(t->proxy, point, 100, FAULT_PROXY_HOLD,
-                     FAULT_PROXY_FORWARD);
-    device_test_start_postcopy(t);
-    expect_statuses(&t->src, "postcopy-device", NULL);
-    step("waiting for the destination to wait");
-    fault_proxy_wait(t->proxy);
-    if (t->virtio) {
-        expect_statuses(&t->dst, "postcopy-device", NULL);
-    }
-    if (t->stuck) {
-        get_stuck(t);
-    }
-    yank(&t->dst, t->stuck);
-    if (t->stuck) {
-        get_unstuck(t);
-    }
-    expect_destination_fails(t, NULL);
+    postcopy_until(t, FAULT_PROXY_STALL, FAULT_PROXY_STALL, "the package");
+    check_migration_status(&t->src, "postcopy-device");
+    yank(t, &t->src);
     expect_source_resumes(t);
-    end_on_source(t);
-}
-
-/* It is in the middle of a read. */
-static void test_yank_read(void)
-{
-    run_yank_destination(&(DeviceTest) { }, FAULT_PROXY_IN_PACKAGE);
-}
-
-static void test_yank_page_fault(void)
-{
-    run_yank_destination(&(DeviceTest) { .virtio = true },
-                         FAULT_PROXY_BEHIND_REQ_PAGES);
-}
-
-static void test_yank_page_fault_preempt(void)
-{
-    run_yank_destination(&(DeviceTest) { .virtio = true, .preempt = true },
-                         FAULT_PROXY_BEHIND_REQ_PAGES);
-}
-
-/*
- * No page will come any more for the load of the device, nor for the main loop,
- * which would have to notice.
- */
-static void run_cut_stuck(DeviceTest *t)
-{
-    if (!device_test_start(t, true)) {
-        return;
-    }
-    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_REQ_PAGES, 0,
-                     FAULT_PROXY_HOLD, FAULT_PROXY_FORWARD);
-    device_test_start_postcopy(t);
-    expect_statuses(&t->src, "postcopy-device", NULL);
-    step("waiting for the destination to ask for a page");
-    fault_proxy_wait(t->proxy);
-    get_stuck(t);
     fault_proxy_cut(t->proxy);
-    expect_source_resumes(t);
     expect_destination_fails(t, NULL);
     end_on_source(t);
 }
 
-static void test_cut_stuck(void)
+static void run_yank_destination(DeviceTest *t)
 {
-    run_cut_stuck(&(DeviceTest) { .virtio = true });
-}
-
-static void test_cut_stuck_preempt(void)
-{
-    run_cut_stuck(&(DeviceTest) { .virtio = true, .preempt = true });
-}
-
-/* Only out-of-band commands are answered then. */
-static void test_yank_stuck(void)
-{
-    run_yank_destination(&(DeviceTest) { .virtio = true, .stuck = true },
-                         FAULT_PROXY_BEHIND_REQ_PAGES);
-}
-
-static void test_yank_stuck_preempt(void)
-{
-    run_yank_destination(&(DeviceTest) { .virtio = true, .stuck = true,
-                                         .preempt = true },
-                         FAULT_PROXY_BEHIND_REQ_PAGES);
-}
-
-/* The user gives up a destination that waits for a page. */
-static void test_quit_page_fault(void)
-{
-    DeviceTest t = { .virtio = true };
-
-    if (!device_test_start(&t, true)) {
-        return;
-    }
-    fault_proxy_trap(t.proxy, FAULT_PROXY_BEHIND_REQ_PAGES, 0,
-                     FAULT_PROXY_HOLD, FAULT_PROXY_FORWARD);
-    device_test_start_postcopy(&t);
-    expect_statuses(&t.src, "postcopy-device", NULL);
-    step("waiting for the destination to ask for a page");
-    fault_proxy_wait(t.proxy);
-    step("quit on the destination");
-    qtest_qmp_assert_success(t.dst.qts, "{ 'execute': 'quit' }");
-    step("waiting for the destination to exit");
-    qtest_wait_qemu(t.dst.qts);
-    expect_source_resumes(&t);
-    end_on_source(&t);
+    postcopy_until(t, FAULT_PROXY_HOLD, FAULT_PROXY_FORWARD,
+                   "the destination to wait");
+    yank(t, &t->dst);
+    expect_destination_fails(t, NULL);
+    expect_source_resumes(t);
+    end_on_source(t);
 }
 
 /*** The destination dies ***/
 
-static void run_kill(DeviceTest *t, FaultProxyPoint point, uint32_t value)
+static void run_kill(DeviceTest *t)
 {
-    if (!device_test_start(t, true)) {
-        return;
-    }
-    fault_proxy_trap(t->proxy, point, value, FAULT_PROXY_HOLD,
-                     FAULT_PROXY_HOLD);
-    device_test_start_postcopy(t);
-    expect_statuses(&t->src, "postcopy-device", NULL);
-    step("waiting for the package");
-    fault_proxy_wait(t->proxy);
+    postcopy_until(t, FAULT_PROXY_HOLD, FAULT_PROXY_HOLD, "the package");
     step("killing the destination");
     qtest_crash_qemu(t->dst.qts);
     /* Let the source know */
@@ -1444,161 +1328,37 @@ static void run_kill(DeviceTest *t, FaultProxyPoint point, uint32_t value)
     end_on_source(t);
 }
 
-static void test_kill(void)
-{
-    run_kill(&(DeviceTest) { }, FAULT_PROXY_IN_PACKAGE, UINT32_MAX);
-}
-
-static void test_kill_preempt(void)
-{
-    run_kill(&(DeviceTest) { .preempt = true },
-             FAULT_PROXY_IN_PACKAGE, UINT32_MAX);
-}
-
-static void test_kill_no_ram_left(void)
-{
-    run_kill(&(DeviceTest) { .paused = true, .no_ram_left = true },
-             FAULT_PROXY_IN_PACKAGE, UINT32_MAX);
-}
-
-/* In the middle of the load of a device for sure */
-static void test_kill_page_fault(void)
-{
-    run_kill(&(DeviceTest) { .virtio = true }, FAULT_PROXY_BEHIND_REQ_PAGES, 0);
-}
-
 /*** The device state does not load ***/
 
 static void run_load_error(DeviceTest *t)
 {
-    if (!device_test_start(t, true)) {
-        return;
-    }
     if (!t->virtio_mismatch) {
         fault_proxy_spoil_section(t->proxy, SPOILED_SECTION);
     }
-    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_PACKAGE, 0,
-                     FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
-    device_test_start_postcopy(t);
-    expect_statuses(&t->src, "postcopy-device", NULL);
-    if (t->no_exit) {
-        expect_statuses(&t->dst, "postcopy-device", NULL);
-    }
+    postcopy_until(t, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD, "the package");
     expect_destination_fails(t, t->virtio_mismatch ? "virtio-blk" :
                                                      SPOILED_SECTION);
     expect_source_resumes(t);
     end_on_source(t);
 }
 
-static void test_load_error(void)
-{
-    run_load_error(&(DeviceTest) { });
-}
-
-static void test_load_error_preempt(void)
-{
-    run_load_error(&(DeviceTest) { .preempt = true });
-}
-
-static void test_load_error_no_exit(void)
-{
-    run_load_error(&(DeviceTest) { .no_exit = true });
-}
-
-static void test_load_error_no_exit_preempt(void)
-{
-    run_load_error(&(DeviceTest) { .no_exit = true, .preempt = true });
-}
-
-static void test_load_error_no_ram_left(void)
-{
-    run_load_error(&(DeviceTest) { .paused = true, .no_ram_left = true });
-}
-
-static void test_load_error_no_exit_no_ram_left(void)
-{
-    run_load_error(&(DeviceTest) {
-        .paused = true, .no_ram_left = true, .no_exit = true
-    });
-}
-
-static void test_load_error_mismatch(void)
-{
-    run_load_error(&(DeviceTest) {
-        .virtio = true, .virtio_mismatch = true, .no_exit = true
-    });
-}
-
 /*** One owner: the destination has the guest when the source says so ***/
-
-static void expect_destination_waits(DeviceTest *t)
-{
-    check_runstate(&t->dst, false, "inmigrate");
-    g_assert_false(t->dst.resumed);
-    /* There is no event for it, and the status has changed before */
-    step("waiting for the destination to let go of its disks");
-    while (disks_active(&t->dst)) {
-        g_usleep(1000);
-    }
-}
-
-static void expect_destination_in_doubt(DeviceTest *t)
-{
-    expect_statuses(&t->dst, "postcopy-device", "postcopy-paused", NULL);
-    expect_destination_waits(t);
-}
 
 static void run_cut_before_pong(DeviceTest *t)
 {
-    if (!device_test_start(t, true)) {
-        return;
-    }
-    cut_link(t, FAULT_PROXY_BEFORE_PONG, PING_LOADED);
+    cut_link(t);
     expect_destination_in_doubt(t);
-    end_on_source(t);
-}
-
-static void test_cut_before_pong(void)
-{
-    run_cut_before_pong(&(DeviceTest) { });
-}
-
-static void test_cut_before_pong_late_activate(void)
-{
-    run_cut_before_pong(&(DeviceTest) { .late_activate = true });
-}
-
-/* The user has said that the guest may run, but the source has not. */
-static void test_cut_before_pong_cont(void)
-{
-    DeviceTest t = { .wait_for_cont = true };
-
-    if (!device_test_start(&t, true)) {
-        return;
+    if (t->wait_for_cont) {
+        /* The user has said that the guest may run, but the source has not */
+        cont(&t->dst);
+        expect_destination_waits(t);
     }
-    cut_link(&t, FAULT_PROXY_BEFORE_PONG, PING_LOADED);
-    expect_destination_in_doubt(&t);
-    cont(&t.dst);
-    expect_destination_waits(&t);
-    end_on_source(&t);
-}
-
-static void test_cut_before_pong_preempt(void)
-{
-    run_cut_before_pong(&(DeviceTest) { .preempt = true });
-}
-
-/* All of the RAM was sent, and none of it may have been dropped. */
-static void test_cut_release_ram(void)
-{
-    run_cut_before_pong(&(DeviceTest) { .release_ram = true, .paused = true,
-                                        .no_ram_left = true });
+    end_on_source(t);
 }
 
 static void recover(DeviceTest *t)
 {
-    g_autofree char *uri = g_strdup_printf("unix:%s/migsocket",
-                                           migration_get_env()->tmpfs);
+    g_autofree char *uri = dst_uri();
 
     step("recovering");
     migrate_recover(t->dst.qts, uri);
@@ -1612,35 +1372,59 @@ static void recover(DeviceTest *t)
 /* START is on its way, but does not arrive. */
 static void cut_before_start(DeviceTest *t)
 {
-    step("waiting for the link to be held");
-    fault_proxy_wait(t->proxy);
     fault_proxy_cut(t->proxy);
     expect_statuses(&t->src, "postcopy-paused", NULL);
     expect_statuses(&t->dst, "postcopy-paused", NULL);
     expect_destination_waits(t);
-    check_runstate(&t->src, false, NULL);
-    g_assert_false(t->src.resumed);
+    check_not_resumed(&t->src, NULL);
+    g_assert_false(shows_downtime(&t->src));
 }
 
 /* The source has let go of the guest, but the destination has not heard it. */
-static void run_cut_behind_pong(DeviceTest *t, bool twice)
+static void run_cut_behind_pong(DeviceTest *t)
 {
-    if (!device_test_start(t, true)) {
-        return;
-    }
-    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_PONG, PING_LOADED,
-                     FAULT_PROXY_HOLD, FAULT_PROXY_HOLD);
-    device_test_start_postcopy(t);
-    expect_statuses(&t->src, "postcopy-device", "postcopy-active", NULL);
+    postcopy_until(t, FAULT_PROXY_HOLD, FAULT_PROXY_HOLD,
+                   "the link to be held");
+    expect_statuses(&t->src, "postcopy-active", NULL);
     expect_statuses(&t->dst, "postcopy-device", NULL);
     cut_before_start(t);
 
-    if (twice) {
+    if (t->cut_twice) {
         fault_proxy_trap(t->proxy, FAULT_PROXY_BEFORE_PING, PING_START,
                          FAULT_PROXY_HOLD, FAULT_PROXY_HOLD);
         recover(t);
+        step("waiting for the link to be held");
+        fault_proxy_wait(t->proxy);
         cut_before_start(t);
     }
+
+    recover(t);
+    expect_statuses(&t->dst, "postcopy-active", NULL);
+    expect_completed(t);
+    expect_resume(&t->dst);
+    g_assert(shows_downtime(&t->src));
+    end_on_destination(t);
+}
+
+/*
+ * The source has let go of the guest, and notices that the link is lost; the
+ * destination does not.  The user has to tell it.
+ */
+static void run_pause_prepared(DeviceTest *t)
+{
+    postcopy_until(t, FAULT_PROXY_HOLD, FAULT_PROXY_HOLD,
+                   "the link to be held");
+    expect_statuses(&t->src, "postcopy-active", NULL);
+    expect_statuses(&t->dst, "postcopy-device", NULL);
+    fault_proxy_cut_source(t->proxy);
+    expect_statuses(&t->src, "postcopy-paused", NULL);
+    check_migration_status(&t->dst, "postcopy-device");
+
+    step("pausing the destination");
+    migrate_pause(t->dst.qts);
+    expect_statuses(&t->dst, "postcopy-paused", NULL);
+    expect_destination_waits(t);
+    fault_proxy_cut(t->proxy);
 
     recover(t);
     expect_statuses(&t->dst, "postcopy-active", NULL);
@@ -1649,348 +1433,237 @@ static void run_cut_behind_pong(DeviceTest *t, bool twice)
     end_on_destination(t);
 }
 
-static void test_cut_behind_pong(void)
+/*
+ * A destination that cannot be held has run the guest: the disk is not as the
+ * source knows it, even when it is free again.
+ */
+static void run_in_doubt_no_hold(DeviceTest *t)
 {
-    run_cut_behind_pong(&(DeviceTest) { .oob = true }, false);
-}
+    const char *desc;
+    QDict *error;
 
-static void test_cut_behind_pong_preempt(void)
-{
-    run_cut_behind_pong(&(DeviceTest) { .oob = true, .preempt = true }, false);
-}
+    postcopy_until_loaded(t);
+    expect_statuses(&t->dst, "postcopy-device", "postcopy-active", NULL);
+    expect_resume(&t->dst);
+    fault_proxy_cut(t->proxy);
+    expect_statuses(&t->src, "postcopy-paused", NULL);
+    check_error_desc(&t->src, "boot the guest from its disks");
+    g_assert_false(shows_downtime(&t->src));
 
-static void test_cut_behind_pong_twice(void)
-{
-    run_cut_behind_pong(&(DeviceTest) { .oob = true }, true);
-}
-
-static void test_cut_behind_pong_twice_preempt(void)
-{
-    run_cut_behind_pong(&(DeviceTest) { .oob = true, .preempt = true }, true);
+    step("killing the destination");
+    qtest_crash_qemu(t->dst.qts);
+    step("cancelling");
+    error = qtest_qmp_assert_failure_ref(t->src.qts,
+                                         "{ 'execute': 'migrate_cancel' }");
+    desc = qdict_get_str(error, "desc");
+    g_test_message("source: %s", desc);
+    g_assert(strstr(desc, "boot the guest from its disks"));
+    qobject_unref(error);
+    check_migration_status(&t->src, "postcopy-paused");
+    check_not_resumed(&t->src, "finish-migrate");
+    device_test_quit(t, false);
 }
 
 /* Everything has arrived, but the source does not know that. */
-static void test_cut_before_shut(void)
+static void run_cut_before_shut(DeviceTest *t)
 {
-    DeviceTest t = { };
-
-    if (!device_test_start(&t, true)) {
-        return;
-    }
-    migrate_set_parameter_int(t.src.qts, "max-postcopy-bandwidth", 0);
-    fault_proxy_trap(t.proxy, FAULT_PROXY_BEFORE_SHUT, 0,
-                     FAULT_PROXY_HOLD, FAULT_PROXY_HOLD);
-    device_test_start_postcopy(&t);
-    expect_statuses(&t.src, "postcopy-device", "postcopy-active", NULL);
-    step("waiting for the destination to have received everything");
-    fault_proxy_wait(t.proxy);
-    fault_proxy_cut(t.proxy);
-    expect_statuses(&t.src, "postcopy-paused", NULL);
-    check_runstate(&t.src, false, NULL);
-    g_assert_false(t.src.resumed);
-    expect_statuses(&t.dst, "postcopy-device", "postcopy-active", "completed",
+    migrate_set_parameter_int(t->src.qts, "max-postcopy-bandwidth", 0);
+    postcopy_until(t, FAULT_PROXY_HOLD, FAULT_PROXY_HOLD,
+                   "the destination to have received everything");
+    fault_proxy_cut(t->proxy);
+    expect_statuses(&t->src, "postcopy-active", "postcopy-paused", NULL);
+    check_not_resumed(&t->src, NULL);
+    expect_statuses(&t->dst, "postcopy-device", "postcopy-active", "completed",
                     NULL);
-    expect_resume(&t.dst);
-    device_test_quit(&t, true);
+    expect_resume(&t->dst);
+    device_test_quit(t, true);
 }
 
-static void expect_cancelled(DeviceTest *t)
+/*** The user cancels the migration ***/
+
+static void run_cancel_active(DeviceTest *t)
 {
-    step("cancelling");
-    migrate_cancel(t->src.qts);
-    expect_statuses(&t->src, "cancelling", "cancelled", NULL);
-    expect_guest_back(t);
+    cancel(t);
+    end_never_stopped(t);
 }
 
 /* The destination is frozen; when it thaws it must not run the guest. */
 static void run_cancel_frozen(DeviceTest *t)
 {
-    if (!device_test_start(t, true)) {
-        return;
-    }
-    step("freezing the destination");
-    kill(qtest_pid(t->dst.qts), SIGSTOP);
-    device_test_start_postcopy(t);
-    expect_statuses(&t->src, "postcopy-device", NULL);
-    expect_cancelled(t);
+    freeze(t);
+    cancel(t);
+    expect_guest_back(t);
     kill(qtest_pid(t->dst.qts), SIGCONT);
     expect_destination_fails(t, NULL);
     end_on_source(t);
 }
 
-static void test_cancel_frozen(void)
-{
-    run_cancel_frozen(&(DeviceTest) { });
-}
-
-static void test_cancel_frozen_paused(void)
-{
-    run_cancel_frozen(&(DeviceTest) { .paused = true });
-}
-
 static void run_cancel_before_pong(DeviceTest *t)
 {
-    if (!device_test_start(t, true)) {
-        return;
-    }
-    fault_proxy_trap(t->proxy, FAULT_PROXY_BEFORE_PONG, PING_LOADED,
-                     FAULT_PROXY_FORWARD, FAULT_PROXY_HOLD);
-    device_test_start_postcopy(t);
-    expect_statuses(&t->src, "postcopy-device", NULL);
-    step("waiting for the destination to load the device state");
-    fault_proxy_wait(t->proxy);
-    expect_cancelled(t);
+    postcopy_until_loaded(t);
+    cancel(t);
+    expect_guest_back(t);
     fault_proxy_cut(t->proxy);
     expect_destination_in_doubt(t);
     end_on_source(t);
 }
 
-static void test_cancel_before_pong(void)
-{
-    run_cancel_before_pong(&(DeviceTest) { });
-}
-
-static void test_cancel_before_pong_preempt(void)
-{
-    run_cancel_before_pong(&(DeviceTest) { .preempt = true });
-}
-
-/*** Notifications ***/
-
-#ifdef CONFIG_TRACE_LOG
-static void test_notify_success(void)
-{
-    static const char *const log[] = {
-        "running", "setup", NOTIFY_SETUP, "active", "device", "postcopy-device",
-        "postcopy-active", NOTIFY_DONE, "completed", NULL
-    };
-
-    run_success(&(DeviceTest) { .log = log });
-}
-
-static void test_notify_cut(void)
-{
-    static const char *const log[] = {
-        "running", "setup", NOTIFY_SETUP, "active", "device", "postcopy-device",
-        "failed", NOTIFY_FAILED, "running", NULL
-    };
-
-    run_cut(&(DeviceTest) { .log = log }, FAULT_PROXY_IN_PACKAGE, 100);
-}
-
-static void test_notify_cancel(void)
-{
-    static const char *const log[] = {
-        "running", "setup", NOTIFY_SETUP, "active", "device", "postcopy-device",
-        "cancelling", NOTIFY_FAILED, "running", "cancelled", NULL
-    };
-
-    run_cancel_before_pong(&(DeviceTest) { .log = log });
-}
-
-static void test_notify_recover(void)
-{
-    static const char *const log[] = {
-        "running", "setup", NOTIFY_SETUP, "active", "device", "postcopy-device",
-        "postcopy-active", NOTIFY_DONE, "postcopy-paused",
-        "postcopy-recover-setup", "postcopy-recover", "postcopy-active",
-        "completed", NULL
-    };
-
-    run_cut_behind_pong(&(DeviceTest) { .oob = true, .log = log }, false);
-}
-#endif
-
 /* The guest may run there already, so it must not be given back. */
-static void test_cancel_no_hold(void)
+static void run_cancel_no_hold(DeviceTest *t)
 {
-    DeviceTest t = { .no_hold = true };
     const char *desc;
     QDict *error;
 
-    if (!device_test_start(&t, false)) {
-        return;
-    }
-    hold_pong(&t);
-    expect_statuses(&t.dst, "postcopy-active", NULL);
-    expect_resume(&t.dst);
+    hold_pong(t);
+    expect_statuses(&t->dst, "postcopy-active", NULL);
+    expect_resume(&t->dst);
 
     step("cancelling");
-    error = qtest_qmp_assert_failure_ref(t.src.qts,
+    error = qtest_qmp_assert_failure_ref(t->src.qts,
                                          "{ 'execute': 'migrate_cancel' }");
     desc = qdict_get_str(error, "desc");
     g_test_message("source: %s", desc);
-    g_assert(strstr(desc, "stopping it"));
-    g_assert(strstr(desc, "yank"));
+    g_assert(strstr(desc, "stop it"));
     qobject_unref(error);
-    check_migration_status(&t.src, "postcopy-device");
-    check_runstate(&t.src, false, "finish-migrate");
+    check_migration_status(&t->src, "postcopy-device");
+    check_runstate(&t->src, "finish-migrate");
 
-    fault_proxy_set_mode(t.proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
-    expect_statuses(&t.src, "postcopy-active", NULL);
-    expect_completed(&t);
-    end_on_destination(&t);
+    fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    expect_statuses(&t->src, "postcopy-active", NULL);
+    expect_completed(t);
+    end_on_destination(t);
 }
 
-/* The source is gone before it has told the destination to start. */
-static void run_quit(FaultProxyPoint point, uint32_t value)
+/*** Notifications: what the source has to do in tests of the other themes ***/
+
+#define LOG_SWITCHOVER \
+    "setup", NOTIFY_SETUP, "active", "device", "postcopy-device"
+
+static const char *const log_success[] = {
+    "running", LOG_SWITCHOVER, "postcopy-active", NOTIFY_DONE, "completed", NULL
+};
+
+static const char *const log_cut[] = {
+    "running", LOG_SWITCHOVER, "failed", NOTIFY_FAILED, "running", NULL
+};
+
+static const char *const log_cancel[] = {
+    "running", LOG_SWITCHOVER, "cancelling", NOTIFY_FAILED, "running",
+    "cancelled", NULL
+};
+
+static const char *const log_recover[] = {
+    "running", LOG_SWITCHOVER, "postcopy-active", NOTIFY_DONE,
+    "postcopy-paused", "postcopy-recover-setup", "postcopy-recover",
+    "postcopy-active", "completed", NULL
+};
+
+static const char *const log_retry[] = {
+    "running", LOG_SWITCHOVER, "failed", NOTIFY_FAILED, "running",
+    LOG_SWITCHOVER, "postcopy-active", NOTIFY_DONE, "completed", NULL
+};
+
+/*** The source quits ***/
+
+/* It is gone before it has told the destination to start the guest. */
+static void run_quit(DeviceTest *t)
 {
-    DeviceTest t = { .no_exit = true };
     gint64 start;
 
-    if (!device_test_start(&t, true)) {
-        return;
-    }
-    fault_proxy_trap(t.proxy, point, value, FAULT_PROXY_STALL,
-                     FAULT_PROXY_STALL);
-    device_test_start_postcopy(&t);
-    expect_statuses(&t.src, "postcopy-device", NULL);
-    step("waiting for the link to be stalled");
-    fault_proxy_wait(t.proxy);
+    postcopy_until(t, FAULT_PROXY_STALL, FAULT_PROXY_STALL,
+                   "the link to be stalled");
 
     step("quitting the source");
     start = g_get_monotonic_time();
-    qtest_qmp_assert_success(t.src.qts, "{ 'execute': 'quit' }");
-    qtest_wait_qemu(t.src.qts);
+    qtest_qmp_assert_success(t->src.qts, "{ 'execute': 'quit' }");
+    qtest_wait_qemu(t->src.qts);
     g_test_message("the source needed %d ms to end",
                    (int)(g_get_monotonic_time() - start) / 1000);
     g_assert_cmpint(g_get_monotonic_time() - start, <, 5 * G_USEC_PER_SEC);
 
     /* Let the destination know */
-    fault_proxy_cut(t.proxy);
-    if (point == FAULT_PROXY_IN_PACKAGE) {
-        expect_destination_fails(&t, NULL);
+    fault_proxy_cut(t->proxy);
+    if (t->at.point == FAULT_PROXY_IN_PACKAGE) {
+        expect_destination_fails(t, NULL);
     } else {
-        expect_destination_in_doubt(&t);
+        expect_destination_in_doubt(t);
     }
-    device_test_quit(&t, false);
+    device_test_quit(t, false);
 }
 
-static void test_quit_in_package(void)
+/*** TLS: the link has modes, but no points ***/
+
+static void switch_over_tls(DeviceTest *t, FaultProxyMode to_dst,
+                            FaultProxyMode to_src)
 {
-    run_quit(FAULT_PROXY_IN_PACKAGE, 100);
+    request_postcopy(t);
+    expect_statuses(&t->src, "pre-switchover", NULL);
+    fault_proxy_set_mode(t->proxy, to_dst, to_src);
+    step("continuing the migration");
+    migrate_continue(t->src.qts, "pre-switchover");
+    expect_switchover(t);
 }
 
-static void test_quit_before_pong(void)
-{
-    run_quit(FAULT_PROXY_BEFORE_PONG, PING_LOADED);
-}
-
-/*** TLS ***/
-
-#ifdef CONFIG_GNUTLS
 static void run_tls_success(DeviceTest *t)
 {
-    t->tls = true;
-    if (!device_test_start(t, false)) {
-        return;
-    }
-    device_test_start_postcopy(t);
-    expect_statuses(&t->src, "postcopy-device", NULL);
-    expect_success(t);
+    switch_over_tls(t, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    expect_statuses(&t->dst, "postcopy-device", NULL);
+    complete(t);
     end_on_destination(t);
 }
 
-static void test_tls_success(void)
-{
-    run_tls_success(&(DeviceTest) { });
-}
-
-static void test_tls_success_preempt(void)
-{
-    run_tls_success(&(DeviceTest) { .preempt = true });
-}
-
 /* The destination waits for the package, the source for the PONG. */
-static void test_tls_cut_package(void)
+static void run_tls_cut_package(DeviceTest *t)
 {
-    DeviceTest t = { .tls = true };
-
-    if (!device_test_start(&t, true)) {
-        return;
-    }
-    fault_proxy_set_mode(t.proxy, FAULT_PROXY_HOLD, FAULT_PROXY_FORWARD);
-    device_test_start_postcopy(&t);
-    expect_statuses(&t.src, "postcopy-device", NULL);
-    check_migration_status(&t.src, "postcopy-device");
-    fault_proxy_cut(t.proxy);
-    expect_source_resumes(&t);
-    expect_destination_fails(&t, NULL);
-    end_on_source(&t);
+    switch_over_tls(t, FAULT_PROXY_HOLD, FAULT_PROXY_FORWARD);
+    check_migration_status(&t->src, "postcopy-device");
+    fault_proxy_cut(t->proxy);
+    expect_source_resumes(t);
+    expect_destination_fails(t, NULL);
+    end_on_source(t);
 }
-
 
 /* The destination has loaded everything, and cannot say so. */
-static void test_tls_cut_pong(void)
+static void run_tls_cut_pong(DeviceTest *t)
 {
-    DeviceTest t = { .tls = true };
-
-    if (!device_test_start(&t, true)) {
-        return;
-    }
-    fault_proxy_set_mode(t.proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_HOLD);
-    device_test_start_postcopy(&t);
-    expect_statuses(&t.src, "postcopy-device", NULL);
+    switch_over_tls(t, FAULT_PROXY_FORWARD, FAULT_PROXY_HOLD);
     step("waiting for the destination to load the device state");
-    while (!disks_active(&t.dst)) {
+    while (!disks_active(&t->dst)) {
         g_usleep(1000);
     }
-    check_migration_status(&t.src, "postcopy-device");
-    fault_proxy_cut(t.proxy);
-    expect_source_resumes(&t);
-    expect_destination_in_doubt(&t);
-    end_on_source(&t);
+    check_migration_status(&t->src, "postcopy-device");
+    fault_proxy_cut(t->proxy);
+    expect_source_resumes(t);
+    expect_destination_in_doubt(t);
+    end_on_source(t);
 }
 
-static void test_tls_yank(void)
+static void run_tls_yank(DeviceTest *t)
 {
-    DeviceTest t = { .tls = true };
-
-    if (!device_test_start(&t, true)) {
-        return;
-    }
-    fault_proxy_set_mode(t.proxy, FAULT_PROXY_HOLD, FAULT_PROXY_HOLD);
-    device_test_start_postcopy(&t);
-    expect_statuses(&t.src, "postcopy-device", NULL);
-    yank(&t.src, false);
-    expect_source_resumes(&t);
-    fault_proxy_cut(t.proxy);
-    expect_destination_fails(&t, NULL);
-    end_on_source(&t);
+    switch_over_tls(t, FAULT_PROXY_HOLD, FAULT_PROXY_HOLD);
+    yank(t, &t->src);
+    expect_source_resumes(t);
+    fault_proxy_cut(t->proxy);
+    expect_destination_fails(t, NULL);
+    end_on_source(t);
 }
-#endif
 
-/*** And then ***/
+/*** The next migration ***/
 
 static void run_retry(DeviceTest *t)
 {
     MigrateStart args = { .only_target = true };
     QTestState *dst;
 
-    if (!device_test_start(t, true)) {
-        return;
-    }
-    cut_link(t, FAULT_PROXY_IN_PACKAGE, 100);
+    cut_link(t);
     expect_destination_fails(t, NULL);
 
     step("starting another destination");
     qtest_quit(t->dst.qts);
     g_queue_clear_full(&t->dst.statuses, g_free);
     migrate_start(&t->src.qts, &dst, "defer", &args);
-    t->src.stopped = false;
     device_test_migrate(t, dst);
-    complete_migration(t);
-    end_on_destination(t);
-}
-
-static void test_retry(void)
-{
-    run_retry(&(DeviceTest) { });
-}
-
-static void test_retry_preempt(void)
-{
-    run_retry(&(DeviceTest) { .preempt = true });
+    run_success(t);
 }
 
 static int listen_at(const char *path)
@@ -2007,290 +1680,257 @@ static int listen_at(const char *path)
 }
 
 /*
- * The destination is a socket that says nothing.  Each time the source hears
+ * The destination is a socket that just says HELD.  Each time the source hears
  * that it is gone, it is told to migrate again, without any wait in between.
  */
-static void test_retry_at_once(void)
+static void run_retry_at_once(DeviceTest *t)
 {
-    g_autofree char *path = g_strdup_printf("%s/migsocket",
-                                            migration_get_env()->tmpfs);
-    DeviceTest t = { };
+    static const char held[] = RP_PONG "HELD";
+    g_autofree char *path = tmp_path("migsocket");
     int fd;
 
-    if (!device_test_start(&t, true)) {
-        return;
-    }
-    cut_link(&t, FAULT_PROXY_IN_PACKAGE, 100);
-    expect_destination_fails(&t, NULL);
+    cut_link(t);
+    expect_destination_fails(t, NULL);
 
     fd = listen_at(path);
     for (int i = 0; i < 30; i++) {
         int conn;
 
         step("migration %d", i);
-        migrate_qmp(t.src.qts, NULL, fault_proxy_uri(t.proxy), NULL, "{}");
-        fault_proxy_set_mode(t.proxy, FAULT_PROXY_DROP, FAULT_PROXY_FORWARD);
+        migrate_qmp(t->src.qts, NULL, fault_proxy_uri(t->proxy), NULL, "{}");
+        fault_proxy_set_mode(t->proxy, FAULT_PROXY_DROP, FAULT_PROXY_FORWARD);
         /* Now the proxy has both ends, and can cut them */
         conn = accept(fd, NULL, NULL);
-        expect_statuses(&t.src, "setup", "active", NULL);
-        device_test_start_postcopy(&t);
-        expect_statuses(&t.src, "postcopy-device", NULL);
-        fault_proxy_cut(t.proxy);
+        g_assert_cmpint(send(conn, held, sizeof(held) - 1, 0), ==,
+                        sizeof(held) - 1);
+        expect_statuses(&t->src, "setup", "active", NULL);
+        start_postcopy(t);
+        fault_proxy_cut(t->proxy);
         close(conn);
-        expect_statuses(&t.src, "failed", NULL);
+        expect_statuses(&t->src, "failed", NULL);
     }
     close(fd);
 
-    expect_guest_back(&t);
-    end_on_source(&t);
+    expect_guest_back(t);
+    end_on_source(t);
 }
 
-#ifdef CONFIG_TRACE_LOG
-static void test_notify_retry(void)
+/*** The tests ***/
+
+/* It is in the set that always runs */
+#define SMOKE   (1 << 0)
+/* No side reports an error, so what they print is shown */
+#define CLEAN   (1 << 1)
+
+typedef struct TestCase {
+    /* Below /ARCH/migration/postcopy-device/ */
+    const char *path;
+    void (*run)(DeviceTest *t);
+    unsigned flags;
+    DeviceTest options;
+} TestCase;
+
+static const TestCase tests[] = {
+    /* Success */
+    { "plain", run_success, SMOKE | CLEAN },
+    { "preempt/plain", run_success, CLEAN, { .preempt = true } },
+    { "no-ram-left", run_success, CLEAN, { .no_ram_left = true } },
+    { "release-ram/plain", run_success, CLEAN, { .release_ram = true } },
+    { "bitmap-only/plain", run_bitmap_only, CLEAN, { .bitmap_only = true } },
+    { "bitmap-only/return-path", run_bitmap_only, CLEAN,
+      { .bitmap_only = true, .return_path = true } },
+    { "late-activate/plain", run_late_activate, CLEAN,
+      { .late_activate = true } },
+    { "cont/before-start", run_cont, CLEAN,
+      { .wait_for_cont = true, .early_cont = true } },
+    { "cont/behind-start", run_cont, CLEAN, { .wait_for_cont = true } },
+    { "cont/late-activate", run_cont, CLEAN,
+      { .wait_for_cont = true, .late_activate = true } },
+    { "downtime", run_downtime, CLEAN },
+
+    /* The link runs dry before the guest is stopped */
+    { "drain/plain", run_drain, CLEAN },
+    { "drain/preempt", run_drain, CLEAN, { .preempt = true } },
+    { "drain/precopy", run_drain_precopy, CLEAN },
+    { "drain/cut/plain", run_drain_cut },
+    { "drain/cut/preempt", run_drain_cut, 0, { .preempt = true } },
+    { "drain/cancel/plain", run_drain_cancel },
+    { "drain/cancel/preempt", run_drain_cancel, 0, { .preempt = true } },
+
+    /* Pages are sent ahead */
+    { "ahead/virtio", run_ahead, CLEAN, { .virtio = true } },
+    { "ahead/queues", run_ahead, CLEAN, { .virtio = true, .queues = 512 } },
+    { "ahead/xhci", run_ahead, CLEAN, { .xhci = true } },
+    { "ahead/vmgenid", run_ahead, CLEAN, { .vmgenid = true } },
+    { "ahead/preempt", run_ahead, CLEAN, { .virtio = true, .preempt = true } },
+    { "ahead/no-hold", run_ahead, CLEAN, { .virtio = true, .no_hold = true } },
+    { "ahead/hugetlbfs", run_ahead, CLEAN,
+      { .virtio = true, .hugetlbfs = true } },
+    { "ahead/iommu/plain", run_ahead, CLEAN, { .iommu = true } },
+    { "ahead/iommu/preempt", run_ahead, CLEAN,
+      { .iommu = true, .preempt = true } },
+    { "requested-only", run_requested_only, CLEAN },
+
+    /* The link breaks */
+    { "cut/before-package", run_cut, 0, { .at = BEFORE_PACKAGE } },
+    { "cut/in-package/plain", run_cut, SMOKE, { .at = IN_PACKAGE } },
+    { "cut/in-package/paused", run_cut, 0,
+      { .at = IN_PACKAGE, .paused = true } },
+    { "cut/in-package/suspended", run_cut, 0,
+      { .at = IN_PACKAGE, .suspended = true } },
+    { "cut/in-package/no-ram-left", run_cut, 0,
+      { .at = IN_PACKAGE, .no_ram_left = true } },
+    { "cut/in-package/no-exit", run_cut, 0,
+      { .at = IN_PACKAGE, .no_exit = true } },
+    { "preempt/cut/in-package", run_cut, 0,
+      { .at = IN_PACKAGE, .preempt = true } },
+    { "cut/behind-package", run_cut_behind_package, 0,
+      { .at = BEHIND_PACKAGE, .no_exit = true } },
+    { "stop", run_cut, 0, { .at = IN_PACKAGE, .stop = true } },
+
+    /* Nothing moves, nothing breaks */
+    { "stall/in-package", run_stall, CLEAN, { .at = IN_PACKAGE } },
+    { "stall/before-pong", run_stall, CLEAN, { .at = BEFORE_PONG } },
+    { "stall/completion", run_stall_completion, CLEAN },
+    { "stall/frozen", run_stall_frozen, CLEAN },
+    { "yank/source", run_yank_source, 0, { .at = IN_PACKAGE } },
+    { "yank/read", run_yank_destination, 0,
+      { .at = IN_PACKAGE, .no_exit = true } },
+
+    /* The destination dies */
+    { "kill/plain", run_kill, SMOKE, { .at = PACKAGE_END } },
+    { "kill/no-ram-left", run_kill, 0,
+      { .at = PACKAGE_END, .no_ram_left = true } },
+    { "preempt/kill", run_kill, 0, { .at = PACKAGE_END, .preempt = true } },
+
+    /* The device state does not load */
+    { "load-error/plain", run_load_error, SMOKE, { .at = BEHIND_PACKAGE } },
+    { "load-error/no-ram-left", run_load_error, 0,
+      { .at = BEHIND_PACKAGE, .no_ram_left = true } },
+    { "load-error/no-exit/plain", run_load_error, 0,
+      { .at = BEHIND_PACKAGE, .no_exit = true } },
+    { "load-error/no-exit/no-ram-left", run_load_error, 0,
+      { .at = BEHIND_PACKAGE, .no_exit = true, .no_ram_left = true } },
+    { "load-error/mismatch", run_load_error, 0,
+      { .at = BEHIND_PACKAGE, .no_exit = true, .virtio = true,
+        .virtio_mismatch = true } },
+    { "preempt/load-error/plain", run_load_error, 0,
+      { .at = BEHIND_PACKAGE, .preempt = true } },
+    { "preempt/load-error/no-exit", run_load_error, 0,
+      { .at = BEHIND_PACKAGE, .preempt = true, .no_exit = true } },
+
+    /* One owner */
+    { "cut/before-pong", run_cut_before_pong, SMOKE, { .at = BEFORE_PONG } },
+    { "preempt/cut/before-pong", run_cut_before_pong, 0,
+      { .at = BEFORE_PONG, .preempt = true } },
+    { "late-activate/cut", run_cut_before_pong, 0,
+      { .at = BEFORE_PONG, .late_activate = true } },
+    { "cont/cut", run_cut_before_pong, 0,
+      { .at = BEFORE_PONG, .wait_for_cont = true } },
+    /* All of the RAM was sent, and none of it may have been dropped */
+    { "release-ram/cut", run_cut_before_pong, 0,
+      { .at = BEFORE_PONG, .release_ram = true, .no_ram_left = true } },
+    { "cut/behind-pong/plain", run_cut_behind_pong, 0,
+      { .at = BEHIND_PONG, .oob = true } },
+    { "cut/behind-pong/twice", run_cut_behind_pong, 0,
+      { .at = BEHIND_PONG, .oob = true, .cut_twice = true } },
+    { "preempt/cut/behind-pong/plain", run_cut_behind_pong, 0,
+      { .at = BEHIND_PONG, .oob = true, .preempt = true } },
+    { "preempt/cut/behind-pong/twice", run_cut_behind_pong, 0,
+      { .at = BEHIND_PONG, .oob = true, .cut_twice = true, .preempt = true } },
+    { "pause/prepared", run_pause_prepared, 0,
+      { .at = BEHIND_PONG, .oob = true } },
+    { "in-doubt/no-hold", run_in_doubt_no_hold, 0,
+      { .no_hold = true, .disk = true } },
+    { "cut/before-shut", run_cut_before_shut, 0, { .at = BEFORE_SHUT } },
+
+    /* The user cancels the migration */
+    { "cancel/active", run_cancel_active },
+    { "cancel/frozen/plain", run_cancel_frozen },
+    { "cancel/frozen/paused", run_cancel_frozen, 0, { .paused = true } },
+    { "cancel/before-pong", run_cancel_before_pong },
+    { "preempt/cancel", run_cancel_before_pong, 0, { .preempt = true } },
+    { "cancel/no-hold", run_cancel_no_hold, CLEAN, { .no_hold = true } },
+
+    /* Notifications */
+    { "notify/success", run_success, CLEAN, { .log = log_success } },
+    { "notify/cut", run_cut, 0, { .at = IN_PACKAGE, .log = log_cut } },
+    { "notify/cancel", run_cancel_before_pong, 0, { .log = log_cancel } },
+    { "notify/recover", run_cut_behind_pong, 0,
+      { .at = BEHIND_PONG, .oob = true, .log = log_recover } },
+    { "notify/retry", run_retry, 0, { .at = IN_PACKAGE, .log = log_retry } },
+
+    /* The source quits */
+    { "quit/in-package", run_quit, 0, { .at = IN_PACKAGE, .no_exit = true } },
+    { "quit/before-pong", run_quit, 0, { .at = BEFORE_PONG, .no_exit = true } },
+
+    /* TLS */
+    { "tls/plain", run_tls_success, CLEAN, { .tls = true } },
+    { "tls/preempt", run_tls_success, CLEAN, { .tls = true, .preempt = true } },
+    { "tls/cut/package", run_tls_cut_package, 0, { .tls = true } },
+    { "tls/cut/pong", run_tls_cut_pong, 0, { .tls = true } },
+    { "tls/yank", run_tls_yank, 0, { .tls = true } },
+
+    /* The next migration */
+    { "retry/plain", run_retry, 0, { .at = IN_PACKAGE } },
+    { "preempt/retry", run_retry, 0, { .at = IN_PACKAGE, .preempt = true } },
+    { "retry/at-once", run_retry_at_once, 0, { .at = IN_PACKAGE } },
+};
+
+static bool can_run(const MigrationTestEnv *env, const TestCase *test)
 {
-    static const char *const log[] = {
-        "running", "setup", NOTIFY_SETUP, "active", "device", "postcopy-device",
-        "failed", NOTIFY_FAILED, "running",
-        "setup", NOTIFY_SETUP, "active", "device", "postcopy-device",
-        "postcopy-active", NOTIFY_DONE, "completed", NULL
-    };
+    const DeviceTest *o = &test->options;
+    bool x86_only = o->suspended || o->virtio || o->xhci || o->vmgenid ||
+                    o->iommu;
 
-    run_retry(&(DeviceTest) { .log = log });
-}
+#ifndef CONFIG_GNUTLS
+    if (o->tls) {
+        return false;
+    }
 #endif
-
-static void test_cancel_before_switchover(void)
-{
-    DeviceTest t = { };
-
-    if (!device_test_start(&t, true)) {
-        return;
+#ifndef CONFIG_TRACE_LOG
+    if (o->log) {
+        return false;
     }
-    step("cancelling");
-    migrate_cancel(t.src.qts);
-    expect_statuses(&t.src, "cancelling", "cancelled", NULL);
-    wait_no_migration_threads(&t.src);
-    g_assert_false(t.src.stopped);
-    check_runstate(&t.src, true, "running");
-    expect_destination_fails(&t, NULL);
-    end_on_source(&t);
+#endif
+    return (env->has_uffd || o->bitmap_only) && (env->is_x86 || !x86_only);
 }
 
-static void migration_test_add_postcopy_device_smoke(MigrationTestEnv *env)
+/* For the guest's memory, on both sides */
+static bool has_huge_pages(void)
 {
-    if (!env->has_uffd) {
+    g_autofree char *text = NULL;
+
+    return g_file_get_contents("/sys/kernel/mm/hugepages/hugepages-2048kB/"
+                               "free_hugepages", &text, NULL, NULL) &&
+           g_ascii_strtoull(text, NULL, 10) >= 2 * 75;
+}
+
+static void run_test(const void *opaque)
+{
+    const TestCase *test = opaque;
+    DeviceTest t = test->options;
+
+    if (t.hugetlbfs && !has_huge_pages()) {
+        g_test_skip("needs 150 free huge pages of 2 MiB");
         return;
     }
 
-    migration_test_add("/migration/postcopy-device/plain", test_success);
-    migration_test_add("/migration/postcopy-device/cut/in-package/plain",
-                       test_cut_in_package);
-    migration_test_add("/migration/postcopy-device/kill/plain", test_kill);
-    migration_test_add("/migration/postcopy-device/load-error/plain",
-                       test_load_error);
-    migration_test_add("/migration/postcopy-device/cut/before-pong",
-                       test_cut_before_pong);
+    g_test_message("Running /%s/" TEST_PREFIX "%s", qtest_get_arch(),
+                   test->path);
+    if (device_test_start(&t, !(test->flags & CLEAN))) {
+        test->run(&t);
+    }
 }
 
 void migration_test_add_postcopy_device(MigrationTestEnv *env)
 {
-    migration_test_add_postcopy_device_smoke(env);
+    for (int i = 0; i < ARRAY_SIZE(tests); i++) {
+        g_autofree char *path = g_strconcat(TEST_PREFIX, tests[i].path, NULL);
 
-    if (!env->full_set) {
-        return;
-    }
-
-    migration_test_add("/migration/postcopy-device/bitmap-only",
-                       test_success_bitmap_only);
-
-    if (!env->has_uffd) {
-        return;
-    }
-
-    migration_test_add("/migration/postcopy-device/cancel/active",
-                       test_cancel_before_switchover);
-    migration_test_add("/migration/postcopy-device/cancel/frozen/plain",
-                       test_cancel_frozen);
-    migration_test_add("/migration/postcopy-device/cancel/frozen/paused",
-                       test_cancel_frozen_paused);
-    migration_test_add("/migration/postcopy-device/cancel/no-hold",
-                       test_cancel_no_hold);
-    migration_test_add("/migration/postcopy-device/cancel/before-pong",
-                       test_cancel_before_pong);
-    migration_test_add("/migration/postcopy-device/yank/source",
-                       test_yank_source);
-    migration_test_add("/migration/postcopy-device/yank/read", test_yank_read);
-    migration_test_add("/migration/postcopy-device/stall/in-package",
-                       test_stall_in_package);
-    migration_test_add("/migration/postcopy-device/stall/before-pong",
-                       test_stall_before_pong);
-    migration_test_add("/migration/postcopy-device/stall/completion",
-                       test_stall_completion);
-    migration_test_add("/migration/postcopy-device/stall/frozen",
-                       test_stall_frozen);
-    migration_test_add("/migration/postcopy-device/retry/plain", test_retry);
-    migration_test_add("/migration/postcopy-device/retry/at-once",
-                       test_retry_at_once);
-    migration_test_add("/migration/postcopy-device/downtime", test_downtime);
-
-    migration_test_add("/migration/postcopy-device/quit/in-package",
-                       test_quit_in_package);
-    migration_test_add("/migration/postcopy-device/quit/before-pong",
-                       test_quit_before_pong);
-
-    migration_test_add("/migration/postcopy-device/cont/before-start",
-                       test_cont_before_start);
-    migration_test_add("/migration/postcopy-device/cont/behind-start",
-                       test_cont_behind_start);
-    migration_test_add("/migration/postcopy-device/cont/late-activate",
-                       test_cont_late_activate);
-    migration_test_add("/migration/postcopy-device/cont/cut",
-                       test_cut_before_pong_cont);
-    migration_test_add("/migration/postcopy-device/late-activate/plain",
-                       test_late_activate);
-    migration_test_add("/migration/postcopy-device/late-activate/cut",
-                       test_cut_before_pong_late_activate);
-
-#ifdef CONFIG_TRACE_LOG
-    migration_test_add("/migration/postcopy-device/notify/success",
-                       test_notify_success);
-    migration_test_add("/migration/postcopy-device/notify/cut",
-                       test_notify_cut);
-    migration_test_add("/migration/postcopy-device/notify/cancel",
-                       test_notify_cancel);
-    migration_test_add("/migration/postcopy-device/notify/recover",
-                       test_notify_recover);
-    migration_test_add("/migration/postcopy-device/notify/retry",
-                       test_notify_retry);
-#endif
-
-    migration_test_add("/migration/postcopy-device/background/plain",
-                       test_success_background);
-    migration_test_add("/migration/postcopy-device/background/preempt",
-                       test_success_background_preempt);
-    migration_test_add("/migration/postcopy-device/background/cut/plain",
-                       test_cut_background);
-    migration_test_add("/migration/postcopy-device/background/cut/release-ram",
-                       test_cut_background_release_ram);
-    migration_test_add("/migration/postcopy-device/background/cut/preempt",
-                       test_cut_background_preempt);
-
-    migration_test_add("/migration/postcopy-device/cut/before-package",
-                       test_cut_before_package);
-    migration_test_add("/migration/postcopy-device/cut/behind-package",
-                       test_cut_behind_package);
-    migration_test_add("/migration/postcopy-device/cut/behind-pong/plain",
-                       test_cut_behind_pong);
-    migration_test_add("/migration/postcopy-device/cut/behind-pong/twice",
-                       test_cut_behind_pong_twice);
-    migration_test_add("/migration/postcopy-device/cut/before-shut",
-                       test_cut_before_shut);
-    migration_test_add("/migration/postcopy-device/cut/in-package/paused",
-                       test_cut_in_package_paused);
-    migration_test_add("/migration/postcopy-device/cut/in-package/no-ram-left",
-                       test_cut_in_package_no_ram_left);
-    migration_test_add("/migration/postcopy-device/cut/in-package/no-exit",
-                       test_cut_in_package_no_exit);
-
-    migration_test_add("/migration/postcopy-device/kill/no-ram-left",
-                       test_kill_no_ram_left);
-
-    migration_test_add("/migration/postcopy-device/no-ram-left",
-                       test_success_no_ram_left);
-    migration_test_add("/migration/postcopy-device/release-ram/plain",
-                       test_success_release_ram);
-    migration_test_add("/migration/postcopy-device/release-ram/cut",
-                       test_cut_release_ram);
-
-    migration_test_add("/migration/postcopy-device/load-error/no-ram-left",
-                       test_load_error_no_ram_left);
-    migration_test_add("/migration/postcopy-device/load-error/no-exit/plain",
-                       test_load_error_no_exit);
-    migration_test_add(
-        "/migration/postcopy-device/load-error/no-exit/no-ram-left",
-        test_load_error_no_exit_no_ram_left);
-
-    migration_test_add("/migration/postcopy-device/preempt/plain",
-                       test_success_preempt);
-    migration_test_add("/migration/postcopy-device/preempt/retry",
-                       test_retry_preempt);
-    migration_test_add("/migration/postcopy-device/preempt/cut/in-package",
-                       test_cut_in_package_preempt);
-    migration_test_add("/migration/postcopy-device/preempt/cut/before-pong",
-                       test_cut_before_pong_preempt);
-    migration_test_add(
-        "/migration/postcopy-device/preempt/cut/behind-pong/plain",
-        test_cut_behind_pong_preempt);
-    migration_test_add(
-        "/migration/postcopy-device/preempt/cut/behind-pong/twice",
-        test_cut_behind_pong_twice_preempt);
-    migration_test_add("/migration/postcopy-device/preempt/cancel",
-                       test_cancel_before_pong_preempt);
-    migration_test_add("/migration/postcopy-device/preempt/kill",
-                       test_kill_preempt);
-    migration_test_add("/migration/postcopy-device/preempt/load-error/plain",
-                       test_load_error_preempt);
-    migration_test_add("/migration/postcopy-device/preempt/load-error/no-exit",
-                       test_load_error_no_exit_preempt);
-
-#ifdef CONFIG_GNUTLS
-    migration_test_add("/migration/postcopy-device/tls/plain",
-                       test_tls_success);
-    migration_test_add("/migration/postcopy-device/tls/cut/package",
-                       test_tls_cut_package);
-    migration_test_add("/migration/postcopy-device/tls/cut/pong",
-                       test_tls_cut_pong);
-    migration_test_add("/migration/postcopy-device/tls/yank", test_tls_yank);
-    migration_test_add("/migration/postcopy-device/tls/preempt",
-                       test_tls_success_preempt);
-#endif
-
-    if (env->is_x86) {
-        migration_test_add(
-            "/migration/postcopy-device/cut/in-package/suspended",
-            test_cut_in_package_suspended);
-        migration_test_add("/migration/postcopy-device/load-error/mismatch",
-                           test_load_error_mismatch);
-        migration_test_add("/migration/postcopy-device/page-fault/plain",
-                           test_success_page_fault);
-        migration_test_add("/migration/postcopy-device/page-fault/queues",
-                           test_success_page_fault_queues);
-        migration_test_add("/migration/postcopy-device/page-fault/xhci",
-                           test_success_page_fault_xhci);
-        migration_test_add("/migration/postcopy-device/page-fault/vmgenid",
-                           test_success_page_fault_vmgenid);
-        migration_test_add("/migration/postcopy-device/page-fault/preempt",
-                           test_success_page_fault_preempt);
-        migration_test_add("/migration/postcopy-device/page-fault/bandwidth",
-                           test_success_page_fault_bandwidth);
-        migration_test_add("/migration/postcopy-device/page-fault/kill",
-                           test_kill_page_fault);
-        migration_test_add("/migration/postcopy-device/page-fault/yank/plain",
-                           test_yank_page_fault);
-        migration_test_add("/migration/postcopy-device/page-fault/yank/preempt",
-                           test_yank_page_fault_preempt);
-        migration_test_add(
-            "/migration/postcopy-device/page-fault/stuck/plain",
-            test_success_page_fault_stuck);
-        migration_test_add(
-            "/migration/postcopy-device/page-fault/stuck/cut/plain",
-            test_cut_stuck);
-        migration_test_add(
-            "/migration/postcopy-device/page-fault/stuck/cut/preempt",
-            test_cut_stuck_preempt);
-        migration_test_add("/migration/postcopy-device/page-fault/quit",
-                           test_quit_page_fault);
-        migration_test_add(
-            "/migration/postcopy-device/page-fault/stuck/yank/plain",
-            test_yank_stuck);
-        migration_test_add(
-            "/migration/postcopy-device/page-fault/stuck/yank/preempt",
-            test_yank_stuck_preempt);
-        migration_test_add("/migration/postcopy-device/page-fault/cut/plain",
-                           test_cut_page_fault);
-        migration_test_add("/migration/postcopy-device/page-fault/cut/no-exit",
-                           test_cut_page_fault_no_exit);
-        migration_test_add("/migration/postcopy-device/page-fault/cut/preempt",
-                           test_cut_page_fault_preempt);
+        if ((env->full_set || (tests[i].flags & SMOKE)) &&
+            can_run(env, &tests[i])) {
+            qtest_add_data_func(path, &tests[i], run_test);
+        }
     }
 }
