@@ -34,6 +34,9 @@ check-libvirt: all
 check-interop: all
 	@scripts/check-interop || [ $$? = 77 ]
 
+check-linux: all
+	@scripts/check-linux || [ $$? = 77 ]
+
 check-debian:
 	-@scripts/install-deps debootstrap
 	@scripts/check-debian build || [ $$? = 77 ]
@@ -45,4 +48,4 @@ help:
 	@scripts/help
 
 .PHONY: all demo bench check check-series check-model check-sanitizers \
-	check-libvirt check-interop check-debian export help
+	check-libvirt check-interop check-linux check-debian export help
