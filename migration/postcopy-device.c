@@ -125,6 +125,14 @@ static void postcopy_device_cancel_waiting(MigrationState *s, Error **errp)
 {
     Error *err = NULL;
 
+    /* If not, the file stays as long as the BQL is held */
+    if (s->postcopy_device.in_doubt) {
+        error_setg(errp, "Cannot cancel yet: the migration is about to pause, "
+                   "as the disks are in use elsewhere");
+        error_append_hint(errp, "Try again in postcopy-paused.\n");
+        return;
+    }
+
     if (!qio_channel_has_feature(qemu_file_get_ioc(s->to_dst_file),
                                  QIO_CHANNEL_FEATURE_SHUTDOWN)) {
         error_setg(errp, "Cannot cancel: this channel cannot be shut down; end "
@@ -134,17 +142,10 @@ static void postcopy_device_cancel_waiting(MigrationState *s, Error **errp)
 
     if (!qatomic_read(&s->postcopy_device.held)) {
         error_setg(errp, "Cannot cancel: this destination cannot be held back "
-                   "and may run the guest already; stop it, and the guest goes "
-                   "on here");
+                   "and may run the guest already; if it does not, stop it, and "
+                   "the guest goes on here");
         error_append_hint(errp, "If it is gone, but the connection has not "
                           "noticed that, use 'yank'.\n");
-        return;
-    }
-
-    if (s->postcopy_device.in_doubt) {
-        error_setg(errp, "Cannot cancel yet: the migration is about to pause, "
-                   "as the disks are in use elsewhere");
-        error_append_hint(errp, "Try again in postcopy-paused.\n");
         return;
     }
 
@@ -225,6 +226,7 @@ void postcopy_device_cancel(MigrationState *s, Error **errp)
 
 void postcopy_device_rp_error(MigrationState *s, Error **errp)
 {
+    ERRP_GUARD();
     PostcopyDeviceSource *pd = &s->postcopy_device;
     MigrationStatus state = qatomic_read(&s->state);
     const char *what;
@@ -271,11 +273,17 @@ void postcopy_device_rp_closed(MigrationState *s)
 static bool postcopy_device_lost(MigrationState *s, MigrationStatus state,
                                  Error **errp)
 {
+    ERRP_GUARD();
+    const char *when =
+        state == MIGRATION_STATUS_POSTCOPY_DEVICE ?
+        "before the destination had loaded the device state" :
+        state == MIGRATION_STATUS_ACTIVE ?
+        "before the switchover to postcopy" : "during the recovery";
+
     if (qatomic_read(&s->state) != state ||
         qatomic_read(&s->postcopy_device.owner) ==
         POSTCOPY_DEVICE_OWNER_CANCELLED) {
-        error_setg(errp, "Migration was cancelled before the destination had "
-                   "loaded the device state");
+        error_setg(errp, "Migration was cancelled %s", when);
         return true;
     }
 
@@ -285,19 +293,18 @@ static bool postcopy_device_lost(MigrationState *s, MigrationStatus state,
         if (s->error) {
             error_propagate(errp, error_copy(s->error));
         } else {
-            error_setg(errp, "Destination closed the return path before it "
-                       "had loaded the device state");
+            error_setg(errp, "Destination closed the return path %s", when);
         }
         return true;
     }
 
-    if (qemu_file_get_error_obj_any(s->to_dst_file, s->postcopy_qemufile_src,
+    if (qemu_file_get_error_obj_any(s->to_dst_file,
+                                    qatomic_read(&s->postcopy_qemufile_src),
                                     errp)) {
         if (!*errp) {
             error_setg(errp, "channel error");
         }
-        error_prepend(errp, "Lost the destination before it had loaded the "
-                      "device state: ");
+        error_prepend(errp, "Lost the destination %s: ", when);
         return true;
     }
 
@@ -311,7 +318,7 @@ bool postcopy_device_wait(MigrationState *s, MigrationStatus state,
     bool ok;
 
     qatomic_set_mb(&pd->waiting, true);
-    while (!(ok = qatomic_read(what)) &&
+    while (!(ok = qatomic_load_acquire(what)) &&
            !postcopy_device_lost(s, state, errp)) {
         qemu_sem_wait(&pd->wake);
     }
@@ -359,7 +366,7 @@ bool postcopy_device_drain(MigrationState *s, Error **errp)
     ok = ok && postcopy_device_wait_drained(s, errp) &&
          postcopy_preempt_wait(s, MIGRATION_STATUS_ACTIVE, errp);
 
-    /* migrate_cancel may have come until now, but cannot from here on */
+    /* migrate_cancel may have come until now */
     bql_lock();
     return ok && !postcopy_device_lost(s, MIGRATION_STATUS_ACTIVE, errp);
 }
@@ -456,6 +463,8 @@ void postcopy_device_recovered(MigrationState *s)
     postcopy_device_set_owner(s, POSTCOPY_DEVICE_OWNER_DESTINATION);
     postcopy_device_send_start(s);
     if (!postcopy_device_downtime_over(s)) {
+        /* It may have got an earlier one whose answer was lost */
+        s->downtime = 0;
         migration_downtime_end(s);
     }
 }
@@ -658,6 +667,12 @@ bool postcopy_device_switchover(MigrationState *s, QIOChannelBuffer *package,
     }
 
     bql_lock();
+    if (!ok && qatomic_read(&s->postcopy_device.owner) ==
+        POSTCOPY_DEVICE_OWNER_CANCELLED) {
+        /* Since the disks were taken back */
+        migrate_set_state(&s->state, MIGRATION_STATUS_POSTCOPY_DEVICE,
+                          MIGRATION_STATUS_CANCELLING);
+    }
     return ok;
 }
 
@@ -905,8 +920,9 @@ void postcopy_device_incoming_listen_lost(MigrationIncomingState *mis, int ret)
 }
 
 /* The listen thread and the load coroutine have ended */
-static void postcopy_device_incoming_finish(MigrationIncomingState *mis)
+static void postcopy_device_incoming_finish_bh(void *opaque)
 {
+    MigrationIncomingState *mis = opaque;
     PostcopyDeviceIncoming *pd = &mis->postcopy_device;
     bool failed = postcopy_device_incoming_failed(mis);
 
@@ -933,7 +949,7 @@ static void postcopy_device_incoming_listen_end_bh(void *opaque)
     qemu_thread_join(&mis->listen_thread);
     mis->postcopy_device.listen_ended = true;
     if (!mis->loadvm_co) {
-        postcopy_device_incoming_finish(mis);
+        postcopy_device_incoming_finish_bh(mis);
     }
 }
 
@@ -962,7 +978,8 @@ bool postcopy_device_incoming_abort(MigrationIncomingState *mis)
     qemu_event_set(&pd->decided);
     postcopy_device_incoming_shutdown(mis);
     if (pd->listen_ended) {
-        postcopy_device_incoming_finish(mis);
+        /* Not in the coroutine */
+        migration_bh_schedule(postcopy_device_incoming_finish_bh, mis);
     }
     return true;
 }

@@ -339,7 +339,7 @@ void postcopy_device_rp_closed(MigrationState *s);
  *
  * @s: the migration
  *
- * Any thread.  Nothing happens outside of the phase.
+ * Any thread.  Nothing happens unless it waits in one of these functions.
  */
 void postcopy_device_wake(MigrationState *s);
 

@@ -88,6 +88,7 @@ struct FaultProxy {
     bool change_pong;
     uint32_t swallow_pong;
     bool repeat_requests;
+    bool withhold;
     unsigned requests;
     uint64_t bytes_to_dst;
     GByteArray *insert;
@@ -124,12 +125,19 @@ static void accept_channel(FaultProxy *p)
     struct sockaddr_un addr;
     Channel *c = g_new0(Channel, 1);
     int src = qemu_accept(p->listen_fd, NULL, NULL);
-    int dst = unix_socket(p->dst_path, &addr);
+    int dst, idle[2];
 
     g_assert_cmpint(src, >=, 0);
-    if (connect(dst, (struct sockaddr *)&addr, sizeof(addr)) < 0) {
-        g_error("fault proxy: cannot connect to %s: %s", p->dst_path,
-                strerror(errno));
+    if (p->withhold && p->channels->len) {
+        /* The other end stays open until the test ends */
+        g_assert_cmpint(socketpair(AF_UNIX, SOCK_STREAM, 0, idle), ==, 0);
+        dst = idle[0];
+    } else {
+        dst = unix_socket(p->dst_path, &addr);
+        if (connect(dst, (struct sockaddr *)&addr, sizeof(addr)) < 0) {
+            g_error("fault proxy: cannot connect to %s: %s", p->dst_path,
+                    strerror(errno));
+        }
     }
     qemu_socket_set_nonblock(src);
     qemu_socket_set_nonblock(dst);
@@ -686,6 +694,13 @@ void fault_proxy_repeat_requests(FaultProxy *p)
 {
     g_mutex_lock(&p->lock);
     p->repeat_requests = true;
+    g_mutex_unlock(&p->lock);
+}
+
+void fault_proxy_withhold(FaultProxy *p, bool withhold)
+{
+    g_mutex_lock(&p->lock);
+    p->withhold = withhold;
     g_mutex_unlock(&p->lock);
 }
 

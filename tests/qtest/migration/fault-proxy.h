@@ -165,6 +165,14 @@ void fault_proxy_swallow_pong(FaultProxy *p, uint32_t value);
 void fault_proxy_repeat_requests(FaultProxy *p);
 
 /**
+ * fault_proxy_withhold: accept connections that the destination does not get
+ *
+ * @p: the proxy
+ * @withhold: whether this happens to the connections behind the main channel
+ */
+void fault_proxy_withhold(FaultProxy *p, bool withhold);
+
+/**
  * fault_proxy_insert: have the source hear what the destination has not said
  *
  * @p: the proxy

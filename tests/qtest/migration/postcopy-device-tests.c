@@ -159,6 +159,8 @@ typedef struct DeviceTest {
     bool oob;
     /* The link is encrypted, so the proxy cannot read it: no trap works */
     bool tls;
+    /* Processes carry the stream, so shutdown(2) does not work, nor a trap */
+    bool exec;
     /*
      * What the source has to do in this order, checked when it has ended: its
      * statuses, "notify" and the type of a notification, "running" when the
@@ -525,6 +527,36 @@ static void dirty_queues(DeviceTest *t)
                  t->queues * RING_PAGES * VIRTIO_PCI_VRING_ALIGN);
 }
 
+/*** Processes that carry the stream ***/
+
+/* What comes in goes to one FIFO, and the other one's contents go out. */
+static char *exec_uri(const char *in, const char *out)
+{
+    g_autofree char *to = tmp_path(in);
+    g_autofree char *from = tmp_path(out);
+
+    if (mkfifo(to, 0600) < 0) {
+        g_assert_cmpint(errno, ==, EEXIST);
+    }
+    if (mkfifo(from, 0600) < 0) {
+        g_assert_cmpint(errno, ==, EEXIST);
+    }
+    return g_strdup_printf("exec:exec 3<&0; cat <%s & a=$!; cat <&3 >%s & b=$!;"
+                           " exec 3<&-; trap \"kill -9 $a $b\" EXIT TERM;"
+                           " wait $a", from, to);
+}
+
+/* Or 0 */
+static pid_t first_child(pid_t pid)
+{
+    g_autofree char *path = g_strdup_printf("/proc/%d/task/%d/children",
+                                            (int)pid, (int)pid);
+    g_autofree char *text = NULL;
+
+    g_assert(g_file_get_contents(path, &text, NULL, NULL));
+    return g_ascii_strtoll(text, NULL, 10);
+}
+
 /*** An IOMMU that translates ***/
 
 /* Registers, commands and table entries, see hw/i386/intel_iommu_internal.h */
@@ -603,7 +635,7 @@ static void set_capabilities(DeviceTest *t, QTestState *qts)
     migrate_set_capability(qts, "late-block-activate", t->late_activate);
     migrate_set_capability(qts, "return-path", t->return_path);
     /* No trap works, so the switchover has to wait in another way */
-    migrate_set_capability(qts, "pause-before-switchover", t->tls);
+    migrate_set_capability(qts, "pause-before-switchover", t->tls || t->exec);
 }
 
 /*
@@ -646,7 +678,9 @@ static void set_parameters(DeviceTest *t, QTestState *qts)
 static void device_test_migrate(DeviceTest *t, QTestState *dst)
 {
     QTestState *src = t->src.qts;
-    g_autofree char *uri = dst_uri();
+    g_autofree char *uri = t->exec ? exec_uri("back", "forth") : dst_uri();
+    g_autofree char *src_uri = t->exec ? exec_uri("forth", "back") :
+                               g_strdup(fault_proxy_uri(t->proxy));
 
     step("starting the migration");
     set_capabilities(t, src);
@@ -660,7 +694,7 @@ static void device_test_migrate(DeviceTest *t, QTestState *dst)
     if (t->no_hold) {
         fault_proxy_change_ping(t->proxy, PING_HOLD, PING_UNKNOWN);
     }
-    migrate_qmp(src, dst, fault_proxy_uri(t->proxy), NULL, "{}");
+    migrate_qmp(src, dst, src_uri, NULL, "{}");
     expect_statuses(&t->src, "setup", "active", NULL);
     expect_statuses(&t->dst, "active", NULL);
     if (t->no_ram_left) {
@@ -1406,6 +1440,42 @@ static void run_cut_behind_pong(DeviceTest *t)
     end_on_destination(t);
 }
 
+/* The second connection does not get to the destination. */
+static void run_withheld(DeviceTest *t)
+{
+    fault_proxy_withhold(t->proxy, true);
+    postcopy_until(t, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD, "the package");
+    check_qmp_answers(&t->src);
+    check_qmp_answers(&t->dst);
+    fault_proxy_cut(t->proxy);
+    expect_source_resumes(t);
+    expect_statuses(&t->dst, "failed", NULL);
+    check_not_resumed(&t->dst, NULL);
+    end_on_source(t);
+}
+
+/* The same, in a recovery. */
+static void run_withheld_recover(DeviceTest *t)
+{
+    postcopy_until(t, FAULT_PROXY_HOLD, FAULT_PROXY_HOLD,
+                   "the link to be held");
+    expect_statuses(&t->src, "postcopy-active", NULL);
+    expect_statuses(&t->dst, "postcopy-device", NULL);
+    cut_before_start(t);
+
+    fault_proxy_withhold(t->proxy, true);
+    recover(t);
+    check_qmp_answers(&t->dst);
+    fault_proxy_withhold(t->proxy, false);
+    cut_before_start(t);
+
+    recover(t);
+    expect_statuses(&t->dst, "postcopy-active", NULL);
+    expect_completed(t);
+    expect_resume(&t->dst);
+    end_on_destination(t);
+}
+
 /*
  * The source has let go of the guest, and notices that the link is lost; the
  * destination does not.  The user has to tell it.
@@ -1506,6 +1576,55 @@ static void run_cancel_before_pong(DeviceTest *t)
     fault_proxy_cut(t->proxy);
     expect_destination_in_doubt(t);
     end_on_source(t);
+}
+
+/* Nothing but the end of the processes would break the link. */
+static void run_cancel_exec(DeviceTest *t)
+{
+    const char *desc;
+    QDict *error;
+
+    request_postcopy(t);
+    expect_statuses(&t->src, "pre-switchover", NULL);
+    step("freezing the destination");
+    kill(qtest_pid(t->dst.qts), SIGSTOP);
+    migrate_continue(t->src.qts, "pre-switchover");
+    expect_switchover(t);
+
+    step("cancelling");
+    error = qtest_qmp_assert_failure_ref(t->src.qts,
+                                         "{ 'execute': 'migrate_cancel' }");
+    desc = qdict_get_str(error, "desc");
+    g_test_message("source: %s", desc);
+    g_assert(strstr(desc, "end the process that carries it"));
+    qobject_unref(error);
+    check_qmp_answers(&t->src);
+
+    step("ending the processes that carry the stream");
+    {
+        pid_t shell = first_child(qtest_pid(t->src.qts));
+        pid_t back = first_child(shell);
+
+        kill(shell, SIGKILL);
+        kill(back, SIGKILL);
+    }
+    expect_source_resumes(t);
+    kill(qtest_pid(t->dst.qts), SIGCONT);
+    expect_destination_fails(t, NULL);
+    end_on_source(t);
+}
+
+/* Before the guest is stopped it is granted: the processes are ended then. */
+static void run_cancel_exec_drain(DeviceTest *t)
+{
+    /* What comes back is carried by the first child of the shell */
+    step("freezing what carries the answers");
+    kill(first_child(first_child(qtest_pid(t->src.qts))), SIGSTOP);
+    request_postcopy(t);
+    /* Nothing tells that the source waits; it does when the guest has been on */
+    migrate_wait_for_dirty_mem(t->src.qts, t->src.qts);
+    cancel(t);
+    end_never_stopped(t);
 }
 
 /* The guest may run there already, so it must not be given back. */
@@ -1708,6 +1827,8 @@ static void run_retry_at_once(DeviceTest *t)
         fault_proxy_cut(t->proxy);
         close(conn);
         expect_statuses(&t->src, "failed", NULL);
+        /* What has to be undone must not be forgotten by this */
+        migrate_set_capability(t->src.qts, "auto-converge", i % 2);
     }
     close(fd);
 
@@ -1838,6 +1959,10 @@ static const TestCase tests[] = {
       { .at = BEHIND_PONG, .oob = true, .preempt = true } },
     { "preempt/cut/behind-pong/twice", run_cut_behind_pong, 0,
       { .at = BEHIND_PONG, .oob = true, .cut_twice = true, .preempt = true } },
+    { "preempt/withheld/plain", run_withheld, 0,
+      { .at = BEHIND_PACKAGE, .preempt = true, .no_exit = true } },
+    { "preempt/withheld/recover", run_withheld_recover, 0,
+      { .at = BEHIND_PONG, .preempt = true, .oob = true } },
     { "pause/prepared", run_pause_prepared, 0,
       { .at = BEHIND_PONG, .oob = true } },
     { "in-doubt/no-hold", run_in_doubt_no_hold, 0,
@@ -1850,6 +1975,9 @@ static const TestCase tests[] = {
     { "cancel/frozen/paused", run_cancel_frozen, 0, { .paused = true } },
     { "cancel/before-pong", run_cancel_before_pong },
     { "preempt/cancel", run_cancel_before_pong, 0, { .preempt = true } },
+    { "cancel/exec/plain", run_cancel_exec, 0, { .exec = true } },
+    { "cancel/exec/drain", run_cancel_exec_drain, 0, { .exec = true } },
+    { "cancel/exec/active", run_cancel_active, 0, { .exec = true } },
     { "cancel/no-hold", run_cancel_no_hold, CLEAN, { .no_hold = true } },
 
     /* Notifications */
