@@ -44,7 +44,7 @@
 #define BEFORE_PONG     { FAULT_PROXY_BEFORE_PONG, PING_LOADED }
 #define BEHIND_PONG     { FAULT_PROXY_BEHIND_PONG, PING_LOADED }
 #define BEFORE_SHUT     { FAULT_PROXY_BEFORE_SHUT }
-#define BEFORE_HOLD     { FAULT_PROXY_BEFORE_PING, PING_HOLD }
+#define REQ_PAGES       { FAULT_PROXY_BEHIND_REQ_PAGES }
 
 /*
  * The guest dirties its memory over and over: in so much of it there are pages
@@ -707,6 +707,9 @@ static void device_test_migrate(DeviceTest *t, QTestState *dst)
         step("waiting for some RAM to be sent and dirty again");
         migrate_wait_for_dirty_mem(src, dst);
     }
+    if (t->iommu) {
+        iommu_dirty_tables(t);
+    }
 }
 
 static bool device_test_start(DeviceTest *t, bool hide_stderr)
@@ -1163,9 +1166,6 @@ static void run_ahead(DeviceTest *t)
     if (t->queues) {
         dirty_queues(t);
     }
-    if (t->iommu) {
-        iommu_dirty_tables(t);
-    }
     postcopy_until_loaded(t);
     g_test_message("%u requests", fault_proxy_requests(t->proxy));
     if (t->iommu) {
@@ -1390,7 +1390,7 @@ static void run_cut_before_pong(DeviceTest *t)
     end_on_source(t);
 }
 
-static void recover(DeviceTest *t)
+static void start_recovery(DeviceTest *t)
 {
     g_autofree char *uri = dst_uri();
 
@@ -1399,8 +1399,15 @@ static void recover(DeviceTest *t)
     migrate_qmp(t->src.qts, t->dst.qts, fault_proxy_uri(t->proxy), NULL,
                 "{ 'resume': true }");
     expect_statuses(&t->src, "postcopy-recover-setup", "postcopy-recover",
-                    "postcopy-active", NULL);
-    expect_statuses(&t->dst, "postcopy-recover", "postcopy-device", NULL);
+                    NULL);
+    expect_statuses(&t->dst, "postcopy-recover", NULL);
+}
+
+static void recover(DeviceTest *t)
+{
+    start_recovery(t);
+    expect_statuses(&t->src, "postcopy-active", NULL);
+    expect_statuses(&t->dst, "postcopy-device", NULL);
 }
 
 /* START is on its way, but does not arrive. */
@@ -1464,7 +1471,8 @@ static void run_withheld_recover(DeviceTest *t)
     cut_before_start(t);
 
     fault_proxy_withhold(t->proxy, true);
-    recover(t);
+    start_recovery(t);
+    check_qmp_answers(&t->src);
     check_qmp_answers(&t->dst);
     fault_proxy_withhold(t->proxy, false);
     cut_before_start(t);
@@ -1907,6 +1915,12 @@ static const TestCase tests[] = {
       { .at = IN_PACKAGE, .preempt = true } },
     { "cut/behind-package", run_cut_behind_package, 0,
       { .at = BEHIND_PACKAGE, .no_exit = true } },
+    /* The main thread of the destination is in a page fault while it loads */
+    { "stuck/cut/plain", run_cut, 0, { .at = REQ_PAGES, .iommu = true } },
+    { "stuck/cut/preempt", run_cut, 0,
+      { .at = REQ_PAGES, .iommu = true, .preempt = true } },
+    { "stuck/cut/no-exit", run_cut, 0,
+      { .at = REQ_PAGES, .iommu = true, .no_exit = true } },
     { "stop", run_cut, 0, { .at = IN_PACKAGE, .stop = true } },
 
     /* Nothing moves, nothing breaks */
@@ -1918,7 +1932,14 @@ static const TestCase tests[] = {
     { "yank/read", run_yank_destination, 0,
       { .at = IN_PACKAGE, .no_exit = true } },
 
+    { "stuck/yank/plain", run_yank_destination, 0,
+      { .at = REQ_PAGES, .iommu = true, .no_exit = true, .oob = true } },
+    { "stuck/yank/preempt", run_yank_destination, 0,
+      { .at = REQ_PAGES, .iommu = true, .no_exit = true, .oob = true,
+        .preempt = true } },
+
     /* The destination dies */
+    { "stuck/kill", run_kill, 0, { .at = REQ_PAGES, .iommu = true } },
     { "kill/plain", run_kill, SMOKE, { .at = PACKAGE_END } },
     { "kill/no-ram-left", run_kill, 0,
       { .at = PACKAGE_END, .no_ram_left = true } },
