@@ -327,6 +327,9 @@ static void insert_to_src(FaultProxy *p, Stream *s)
 {
     size_t tail = s->buf->len - s->parsed;
 
+    if (!p->insert->len) {
+        return;
+    }
     g_byte_array_append(s->buf, p->insert->data, p->insert->len);
     memmove(&s->buf->data[s->parsed + p->insert->len],
             &s->buf->data[s->parsed], tail);

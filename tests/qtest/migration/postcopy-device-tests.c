@@ -973,6 +973,8 @@ static void complete(DeviceTest *t)
 
 static void device_test_quit(DeviceTest *t, bool check_dst)
 {
+    static const char *const tmp_files[] = { "disk", "forth", "back" };
+
     step("ending the test");
     fault_proxy_free(t->proxy);
 #ifdef CONFIG_GNUTLS
@@ -983,6 +985,11 @@ static void device_test_quit(DeviceTest *t, bool check_dst)
     migrate_end(t->src.qts, t->dst.qts, check_dst);
     if (t->log) {
         check_log(t->log);
+    }
+    for (int i = 0; i < ARRAY_SIZE(tmp_files); i++) {
+        g_autofree char *path = tmp_path(tmp_files[i]);
+
+        unlink(path);
     }
     g_queue_clear_full(&t->src.statuses, g_free);
     g_queue_clear_full(&t->dst.statuses, g_free);
