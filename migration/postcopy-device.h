@@ -82,7 +82,10 @@ typedef struct PostcopyDeviceSource {
      * consumed by the migration thread.
      */
     bool loaded;
-    /* The return path thread has ended.  Same threads. */
+    /*
+     * The return path thread has ended.  Set by it, reset before it is started,
+     * read by the migration thread.
+     */
     bool rp_closed;
     /*
      * When the package was complete (ms), or 0 if it has not come to that.
@@ -144,7 +147,7 @@ typedef struct PostcopyDeviceIncoming {
 void postcopy_device_init(MigrationState *s);
 
 /**
- * postcopy_device_available: is there a return path for the PONG?
+ * postcopy_device_available: is there a postcopy-device in this migration?
  *
  * @s: the migration
  *
