@@ -1,51 +1,53 @@
-# Front door: each target runs scripts that do one job each.
-#   QEMU_SRC=DIR  take this QEMU checkout or unpacked release as the base
-#   JOBS=N        build with N processes
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# The front door: each target runs scripts that do one job each.  Lines that
+# begin with ## are what 'make help' says.
 
-export QEMU_SRC JOBS
+export RELEASE QEMU_SRC JOBS
 
+## make               get packages and QEMU, apply the series, build
 all:
 	@scripts/install-deps
 	@scripts/apply-series
 	@scripts/build
 
+## make demo          ... and show three postcopy migrations between two QEMUs
 demo: all
-	@scripts/demo
+	@demo/run
 
+## make bench         ... and measure this QEMU, the unpatched one and 10.2
 bench: all
-	@scripts/bench
+	@bench/run
 
+## make check         all checks and tests but those that are called long below
+## make check NAMES='A B'
+##                    these checks, and what they need
 check:
-	-@scripts/install-deps
-	@scripts/check
+	@check/run $(NAMES)
 
-check-series:
-	@scripts/check-series
+## make check-NAME    one check, and what it needs; shows all that it says
+check-%:
+	@check/run $*
 
-check-model:
-	@scripts/check-model
-
-check-sanitizers: all
-	@scripts/check-sanitizers full
-
-check-libvirt: all
-	@scripts/check-libvirt || [ $$? = 77 ]
-
-check-interop: all
-	@scripts/check-interop || [ $$? = 77 ]
-
-check-linux: all
-	@scripts/check-linux || [ $$? = 77 ]
-
-check-debian:
-	-@scripts/install-deps debootstrap
-	@scripts/check-debian build || [ $$? = 77 ]
-
+## make export        write the branch in build/RELEASE/src back to patches/
 export:
 	@scripts/export-series
 
-help:
-	@scripts/help
+## make clean         remove build/RELEASE, but no work that patches/ has not
+clean:
+	@scripts/clean
 
-.PHONY: all demo bench check check-series check-model check-sanitizers \
-	check-libvirt check-interop check-linux check-debian export help
+## make help          this
+help:
+	@sed -n 's/^## \?//p' Makefile
+	@check/run --list
+
+##
+## RELEASE=10.0       of QEMU: which of patches/ (default: 10.0)
+## QEMU_SRC=DIR       use this QEMU checkout or unpacked release
+## JOBS=N             build with N processes (default: one per CPU)
+##
+## The checks, what each takes on two cores, and what it is:
+##
+
+.PHONY: all demo bench check export clean help

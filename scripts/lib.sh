@@ -1,8 +1,9 @@
 # Names, paths and small functions that the scripts share; sourced, not run.
 # shellcheck shell=sh disable=SC2034
 
-release=10.0
-top=$(cd "$(dirname "$0")/.." && pwd)
+release=${RELEASE:-10.0}        # of QEMU
+top=$(cd "$(dirname "$0")" && pwd)
+while [ ! -e "$top/scripts/lib.sh" ]; do top=${top%/*}; done
 patches=$top/patches/$release
 out=$top/build/$release
 src=$out/src
@@ -10,6 +11,7 @@ obj=$out/obj
 logs=$out/logs
 cache=${XDG_CACHE_HOME:-${HOME:-$top/build}/.cache}/postcopy-device
 jobs=${JOBS:-$(nproc)}
+view_release=10.0               # the view by file is of this one
 
 # Patches, views and commits must not depend on the user's settings.
 export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null GIT_PAGER=cat
@@ -24,25 +26,57 @@ if [ -d /usr/lib/ccache ]; then
 fi
 
 note() { echo "== $*" >&2; }
-die() { echo "${0##*/}: $1" >&2; shift; for l; do echo "  $l" >&2; done; exit 1; }
+die() {
+    name=${0%/run}
+    echo "${name##*/}: $1" >&2
+    shift
+    for l; do echo "  $l" >&2; done
+    exit 1
+}
 
 # A check that cannot be made says why.
 skip() { echo "$*"; exit 77; }
 
-# base_key KEY: a value from patches/10.0/BASE
+[ -e "$patches/BASE" ] || die "there is no series for QEMU $release." \
+    "RELEASE is one of: $(cd "$top/patches" && echo *)"
+
+# base_key KEY: a value from BASE
 base_key() { sed -n "s/^$1: *//p" "$patches/BASE"; }
 
-# The series, one patch name a line
+# The parts of the series, in order
+parts() { (cd "$patches" && for d in [0-9]*/; do echo "${d%/}"; done); }
+
+# The series, one patch a line, with the name of its part in front
 series() { sed 's/[[:space:]]*#.*//; /^$/d' "$patches/series"; }
+
+# The subjects that the cover letter of PART has below the line that begins so;
+# export-series writes them there.
+made_below="What follows is written by 'make export'"
+listed() { sed "1,/^$made_below/d; s/^  //" "$patches/$1/cover-letter.txt"; }
+
+# view_names: the names that a view of the patches has, none twice
+view_names() {
+    (cd "$patches" && series | xargs -r awk '
+        /^diff --git a\// { name = substr($0, index($0, " b/") + 3); all[name] }
+        /^new file mode / { added[name] }
+        END { for (f in all) print f (f in added ? "" : ".diff") }') | sort
+}
 
 # What the patches are, as one word
 patches_id() {
-    { cat "$patches/series" && (cd "$patches" && series | xargs cat); } |
+    { cat "$patches/series" && (cd "$patches" && series | xargs -r cat); } |
         sha256sum | cut -d ' ' -f 1
 }
 
 # qgit ARG...: git in the QEMU tree
 qgit() { git -C "$src" "$@"; }
+
+# unsaved: whether the QEMU tree has work that patches/ has not
+unsaved() {
+    [ "$(qgit symbolic-ref -q HEAD || :)" != refs/heads/series ] ||
+        [ -n "$(qgit status --porcelain)" ] ||
+        [ "$(qgit rev-parse -q --verify refs/series/applied || :)" != "$(qgit rev-parse series)" ]
+}
 
 # need_space DIR MIB: stop early rather than with a disk full
 need_space() {
@@ -51,25 +85,15 @@ need_space() {
         "Make room there, then run the same command again."
 }
 
-# without_kvm COMMAND...: run it where /dev/kvm cannot be opened, if possible.
-# Nested KVM is far slower in these tests than TCG.
-without_kvm() {
-    # In a chroot "/" may be no mount, and unshare would want to make it private.
-    # shellcheck disable=SC2016
-    hide='{ mount --make-rprivate / || mount --make-private /dev; } 2>/dev/null &&
-        mount --bind /dev/null /dev/kvm && exec "$@"'
-    if [ -e /dev/kvm ] &&
-       unshare -m --propagation unchanged sh -c "$hide" - true 2>/dev/null; then
-        unshare -m --propagation unchanged sh -c "$hide" - "$@"
+# What the base is made of: the commit or release in QEMU_SRC, or Debian's
+base_origin() {
+    [ -n "${QEMU_SRC:-}" ] || { echo "newest release"; return; }
+    [ -e "$QEMU_SRC/VERSION" ] && [ -e "$QEMU_SRC/migration/migration.c" ] ||
+        die "QEMU_SRC=$QEMU_SRC is no QEMU source tree." \
+            "Name the top directory of a QEMU checkout or unpacked release."
+    if [ -e "$QEMU_SRC/.git" ]; then
+        echo "commit $(git -c safe.directory='*' -C "$QEMU_SRC" rev-parse HEAD)"
     else
-        "$@"
+        echo "release $(cat "$QEMU_SRC/VERSION") in $(cd "$QEMU_SRC" && pwd)"
     fi
 }
-
-# migration_test OBJ ARG...: run QEMU's migration tests as built in OBJ
-migration_test() (
-    cd "$1" || exit
-    shift
-    export QTEST_QEMU_BINARY=./qemu-system-x86_64 QTEST_QEMU_IMG=./qemu-img
-    without_kvm tests/qtest/migration-test --tap "$@"
-)
