@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
 # Names, paths and small functions that the scripts share; sourced, not run.
 # shellcheck shell=sh disable=SC2034
 

@@ -1,9 +1,9 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
 # What check-debian and check-debian-build share; sourced, not run.
 # shellcheck shell=sh
 
-for tool in apt-get dpkg-source quilt patch; do
-    command -v $tool >/dev/null || skip "there is no $tool here"
-done
+need dpkg-dev patch quilt
 
 dir=$out/debian
 mkdir -p "$dir"
@@ -11,12 +11,6 @@ need_space "$dir" 1500
 tmp=$(mktemp -d "$dir/.check.XXXXXX")
 trap 'rm -rf "$tmp"' EXIT
 trap 'exit 1' HUP INT TERM
-
-# readme BEGIN: the commands in the README that begin so, up to an empty line
-readme() {
-    sed -n "/^    $1/,/^\$/p" "$top/README.md" | sed "s,PATH/patches/[0-9.]*,$patches,g" | grep . ||
-        die "README.md has no commands that begin with '$1'."
-}
 
 # fetch VERSION: the source package, into $tmp/VERSION.  apt checks all of it.
 fetch() {
@@ -27,6 +21,9 @@ fetch() {
     (cd "$tmp/$1" && apt-get -c "$tmp/apt/apt.conf" -q source --download-only \
         "qemu=$1") >"$tmp/fetch.log" 2>&1 || { cat "$tmp/fetch.log" >&2; return 1; }
 }
+
+by_patch=$(readme 'for p in' | grep -v ninja)
+by_quilt=$(readme 'cp -R PATH')
 
 # What the series changes or adds
 files=$(cd "$patches" && series | xargs sed -n 's,^diff --git a/.* b/,,p' | sort -u)
@@ -51,10 +48,10 @@ take() {
     for f in $files; do
         [ ! -e "$tree/$f" ] || (cd "$tree" && cp --parents "$f" "$tree.patch")
     done
-    (cd "$tree.patch" && eval "$(readme 'for p in' | grep -v ninja)") >"$tmp/patch.log" ||
+    (cd "$tree.patch" && eval "$by_patch") >"$tmp/patch.log" ||
         die "patch fails on $name:" "$(tail -n 20 "$tmp/patch.log")"
 
-    (cd "$tree" && eval "$(readme 'cp PATH')")
+    (cd "$tree" && eval "$by_quilt")
     quilt_in_tree push -a --fuzz=0
     ours=$(($(wc -l <"$tree/.pc/applied-patches") - theirs))
     [ "$ours" = "$(series | wc -l)" ] ||
@@ -79,11 +76,9 @@ quilt_in_tree() {
 # shellcheck disable=SC2046
 "$top/scripts/apt-private" "$tmp/apt" deb-src $(base_key suites) ||
     skip "no Debian archive to get the packages from"
-# The newest version that is offered, and that of backports
+# The newest version that is offered, but for backports
 versions=$(apt-cache -c "$tmp/apt/apt.conf" showsrc --only-source qemu 2>/dev/null |
     sed -n "s/^Version: \(.*:$release\..*\)/\1/p" | sort -Vu)
 stable=$(echo "$versions" | grep -v '~bpo' | tail -n 1)
-backport=$(echo "$versions" | grep '~bpo12' | tail -n 1)
-
 [ -n "$stable" ] || skip "Debian offers no package of QEMU $release"
 fetch "$stable" || skip "Debian's qemu $stable cannot be had"

@@ -1,5 +1,17 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
 # What checks share, beside scripts/lib.sh; sourced, not run.
 # shellcheck shell=sh
+
+# need PACKAGE...: what this check needs beside what building needs
+need() { "$top/scripts/install-deps" "$@" || skip "cannot get the packages $*"; }
+
+# readme BEGIN: the commands in the README that begin so, up to an empty line
+readme() {
+    sed -n "/^    $1/,/^\$/p" "$top/README.md" |
+        sed "s,PATH/patches/[0-9.]*,$patches,g" | grep . ||
+        die "README.md has no commands that begin with '$1'."
+}
 
 # without_kvm COMMAND...: run it where /dev/kvm cannot be opened, if possible.
 # Nested KVM is far slower in these tests than TCG.

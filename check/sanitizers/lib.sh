@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
 # What check-sanitizers and check-asan share; sourced, not run.
 # shellcheck shell=sh
 
