@@ -14,6 +14,8 @@ logs=$out/logs
 cache=${XDG_CACHE_HOME:-${HOME:-$top/build}/.cache}/postcopy-device
 jobs=${JOBS:-$(nproc)}
 view_release=10.0               # the view by file is of this one
+programs="qemu-system-x86_64 qemu-img qemu-io qemu-nbd
+    storage-daemon/qemu-storage-daemon tests/qtest/migration-test"
 
 # Patches, views and commits must not depend on the user's settings.
 export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null GIT_PAGER=cat
@@ -56,6 +58,24 @@ series() { sed 's/[[:space:]]*#.*//; /^$/d' "$patches/series"; }
 made_below="What follows is written by 'make export'"
 listed() { sed "1,/^$made_below/d; s/^  //" "$patches/$1/cover-letter.txt"; }
 
+# commits: "PART COMMIT SUBJECT" for each commit of the branch.  Its part is the
+# one that lists its subject, else the one of the commit in front of it.
+commits() {
+    now=
+    qgit log --reverse --format='%H %s' base..series | while read -r commit subject; do
+        before=$now
+        for part in $(parts); do
+            : "${now:=$part}"
+            ! listed "$part" | grep -Fxq -e "$subject" || now=$part
+        done
+        # Names of parts begin with their numbers.
+        [ -z "$before" ] || [ "${now%%-*}" -ge "${before%%-*}" ] ||
+            die "'$subject' is listed in part $now, but is behind a commit of $before." \
+                "Move the commit, or its line in patches/$release/*/cover-letter.txt."
+        echo "$now $commit $subject"
+    done
+}
+
 # view_names: the names that a view of the patches has, none twice
 view_names() {
     (cd "$patches" && series | xargs -r awk '
@@ -86,6 +106,18 @@ need_space() {
     [ "$free" -ge "$2" ] || die "$1 has $free MiB free, $2 MiB are needed." \
         "Make room there, then run the same command again."
 }
+
+# keep FROM DIR: keep the files of FROM in DIR, with their checksums
+keep() {
+    sums=$(cd "$1" && sha256sum -- *) || return
+    printf '%s\n' "$sums" >"$1/SHA256SUMS"
+    mkdir -p "${2%/*}"
+    rm -rf "$2"
+    mv "$1" "$2"
+}
+
+# kept DIR: whether they are there, and whole
+kept() { (cd "$1" && sha256sum --status -c SHA256SUMS) 2>/dev/null; }
 
 # What the base is made of: the commit or release in QEMU_SRC, or Debian's
 base_origin() {

@@ -17,7 +17,7 @@ fetch() {
     mkdir "$tmp/$1"
     upstream=${1#*:}
     # What is there already is not downloaded.
-    cp "$cache/base/qemu_${upstream%-*}.orig.tar."* "$tmp/$1" 2>/dev/null || :
+    cp "$cache/sources/${upstream%%[+-]*}"/*.orig.tar.* "$tmp/$1" 2>/dev/null || :
     (cd "$tmp/$1" && apt-get -c "$tmp/apt/apt.conf" -q source --download-only \
         "qemu=$1") >"$tmp/fetch.log" 2>&1 || { cat "$tmp/fetch.log" >&2; return 1; }
 }

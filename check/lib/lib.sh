@@ -13,6 +13,34 @@ readme() {
         die "README.md has no commands that begin with '$1'."
 }
 
+# second_tree DIR: $work is DIR, with a second tree of QEMU in src, until the end
+second_tree() {
+    work=$1
+    need_space "$out" 1500
+    trap 'rm -rf "$work"; qgit worktree prune' EXIT
+    trap 'exit 1' HUP INT TERM
+    rm -rf "$work"
+    qgit worktree prune
+    mkdir -p "$work"
+    qgit worktree add -q --detach "$work/src" base
+}
+
+# build_at COMMIT: build that in $work/obj
+build_at() {
+    what=$(qgit show -s --format=%s "$1")
+    note "$what"
+    git -C "$work/src" checkout -q --detach "$1"
+    "$top/scripts/configure" "$work/src" "$work/obj"
+    # shellcheck disable=SC2086
+    ninja -C "$work/obj" -j "$jobs" $programs || die "does not build after: $what"
+}
+
+# smoke: run the smoke tests there
+smoke() {
+    "$top/check/lib/run-migration-tests" "$work/obj" /x86_64/migration/ ||
+        die "the smoke tests fail after: $what"
+}
+
 # without_kvm COMMAND...: run it where /dev/kvm cannot be opened, if possible.
 # Nested KVM is far slower in these tests than TCG.
 without_kvm() {

@@ -62,7 +62,7 @@ run() {
     listen "$logs/$name"
     result=0
     for tests; do
-        fixed "$top/check/lib/run-migration-tests" "$out/$name" "$tests" --full || result=1
+        fixed "$top/check/lib/run-migration-tests" "$out/$name" --full "$tests/" || result=1
     done
     judge "$logs/$name" || result=1
     return $result
