@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
 # Names, paths and small functions that the scripts share; sourced, not run.
-# shellcheck shell=sh disable=SC2034
+# shellcheck shell=sh disable=SC2034,SC2154
 
 release=${RELEASE:-10.0}        # of QEMU
 top=$(cd "$(dirname "$0")" && pwd)

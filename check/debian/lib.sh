@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
 # What check-debian and check-debian-build share; sourced, not run.
-# shellcheck shell=sh
+# shellcheck shell=sh disable=SC2034,SC2154
 
 need dpkg-dev patch quilt
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
 # What checks share, beside scripts/lib.sh; sourced, not run.
-# shellcheck shell=sh
+# shellcheck shell=sh disable=SC2034,SC2154
 
 # need PACKAGE...: what this check needs beside what building needs
 need() { "$top/scripts/install-deps" "$@" || skip "cannot get the packages $*"; }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
 # What check-sanitizers and check-asan share; sourced, not run.
-# shellcheck shell=sh
+# shellcheck shell=sh disable=SC2034,SC2154
 
 group=/x86_64/migration/postcopy-device
 
