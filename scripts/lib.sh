@@ -38,6 +38,13 @@ die() {
     exit 1
 }
 
+# at_exit COMMANDS: also when a signal comes, for which dash runs no EXIT trap
+at_exit() {
+    # shellcheck disable=SC2064
+    trap "$1" EXIT
+    trap 'exit 1' HUP INT TERM
+}
+
 # A check that cannot be made says why.
 skip() { echo "$*"; exit 77; }
 
@@ -118,6 +125,16 @@ keep() {
 
 # kept DIR: whether they are there, and whole
 kept() { (cd "$1" && sha256sum --status -c SHA256SUMS) 2>/dev/null; }
+
+# commit_base DIR: commit QEMU there as the base.  One identity and date: equal
+# input gives equal commits on every machine.
+commit_base() {
+    git -C "$1" add -A -f
+    GIT_AUTHOR_NAME=series GIT_AUTHOR_EMAIL=series@localhost \
+        GIT_COMMITTER_NAME=series GIT_COMMITTER_EMAIL=series@localhost \
+        GIT_AUTHOR_DATE='2025-04-22T00:00:00Z' GIT_COMMITTER_DATE='2025-04-22T00:00:00Z' \
+        git -C "$1" commit -q --no-verify -m "QEMU $(cat "$1/VERSION")"
+}
 
 # What the base is made of: the commit or release in QEMU_SRC, or Debian's
 base_origin() {

@@ -9,8 +9,7 @@ dir=$out/debian
 mkdir -p "$dir"
 need_space "$dir" 1500
 tmp=$(mktemp -d "$dir/.check.XXXXXX")
-trap 'rm -rf "$tmp"' EXIT
-trap 'exit 1' HUP INT TERM
+at_exit 'rm -rf "$tmp"'
 
 # fetch VERSION: the source package, into $tmp/VERSION.  apt checks all of it.
 fetch() {

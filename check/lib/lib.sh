@@ -6,6 +6,9 @@
 # need PACKAGE...: what this check needs beside what building needs
 need() { "$top/scripts/install-deps" "$@" || skip "cannot get the packages $*"; }
 
+# tools NAME...: what this check needs of the machine
+tools() { for t; do command -v "$t" >/dev/null || skip "there is no $t here"; done; }
+
 # readme BEGIN: the commands in the README that begin so, up to an empty line
 readme() {
     sed -n "/^    $1/,/^\$/p" "$top/README.md" |
@@ -17,8 +20,7 @@ readme() {
 second_tree() {
     work=$1
     need_space "$out" 1500
-    trap 'rm -rf "$work"; qgit worktree prune' EXIT
-    trap 'exit 1' HUP INT TERM
+    at_exit 'rm -rf "$work"; qgit worktree prune'
     rm -rf "$work"
     qgit worktree prune
     mkdir -p "$work"
