@@ -38,17 +38,16 @@ void postcopy_device_init(MigrationState *s)
     PostcopyDeviceSource *pd = &s->postcopy_device;
 
     pd->owner = POSTCOPY_DEVICE_OWNER_SOURCE;
-    pd->ponged = false;
     pd->hold_answered = false;
     pd->held = false;
     pd->start_answered = false;
     pd->in_doubt = false;
+    pd->taken_back = false;
     pd->loaded = false;
-    pd->rp_closed = false;
     pd->start_time = 0;
 }
 
-bool postcopy_device_available(MigrationState *s)
+static bool postcopy_device_enabled(MigrationState *s)
 {
     return migrate_postcopy_ram() && s->rp_state.rp_thread_created;
 }
@@ -57,15 +56,6 @@ bool postcopy_device_in_progress(void)
 {
     return qatomic_read(&migrate_get_current()->state) ==
            MIGRATION_STATUS_POSTCOPY_DEVICE;
-}
-
-void postcopy_device_wake(MigrationState *s)
-{
-    /* What the other thread is to see was written before */
-    smp_mb();
-    if (qatomic_read(&s->postcopy_device.waiting)) {
-        qemu_sem_post(&s->postcopy_device.wake);
-    }
 }
 
 void postcopy_device_pong(MigrationState *s, uint32_t value)
@@ -87,15 +77,6 @@ void postcopy_device_pong(MigrationState *s, uint32_t value)
     case QEMU_VM_PING_POSTCOPY_START:
         qatomic_set(&pd->start_answered, true);
         break;
-    }
-    qatomic_set(&pd->ponged, true);
-    postcopy_device_wake(s);
-}
-
-void postcopy_device_send_hold(MigrationState *s)
-{
-    if (migrate_postcopy_ram()) {
-        qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_HOLD);
     }
 }
 
@@ -124,6 +105,11 @@ bool postcopy_device_downtime_over(MigrationState *s)
 static void postcopy_device_cancel_waiting(MigrationState *s, Error **errp)
 {
     Error *err = NULL;
+
+    if (s->postcopy_device.taken_back) {
+        /* It has failed, but does not say so yet */
+        return;
+    }
 
     /* If not, the file stays as long as the BQL is held */
     if (s->postcopy_device.in_doubt) {
@@ -170,7 +156,7 @@ static void postcopy_device_cancel_waiting(MigrationState *s, Error **errp)
             qemu_file_shutdown(s->postcopy_qemufile_src);
         }
     }
-    postcopy_device_wake(s);
+    migration_wake(s);
 }
 
 static void postcopy_device_cancel_paused(MigrationState *s, Error **errp)
@@ -234,27 +220,20 @@ void postcopy_device_rp_error(MigrationState *s, Error **errp)
     if (state == MIGRATION_STATUS_POSTCOPY_DEVICE &&
         !qatomic_read(&pd->loaded)) {
         what = "Destination failed before it had loaded the device state: ";
-    } else if (state == MIGRATION_STATUS_ACTIVE && qatomic_read(&pd->waiting)) {
+    } else if (state == MIGRATION_STATUS_ACTIVE && qatomic_read(&s->waiting)) {
         what = "Lost the destination before the switchover to postcopy: ";
     } else {
         return;
     }
 
     if (!*errp) {
-        error_setg(errp, "it closed the return path");
+        error_setg(errp, "it closed the return path, see its log");
     }
     error_prepend(errp, "%s", what);
 }
 
-void postcopy_device_rp_opened(MigrationState *s)
-{
-    s->postcopy_device.rp_closed = false;
-}
-
 void postcopy_device_rp_closed(MigrationState *s)
 {
-    qatomic_set(&s->postcopy_device.rp_closed, true);
-
     if (postcopy_device_in_progress() &&
         !qatomic_read(&s->postcopy_device.loaded)) {
         QEMU_LOCK_GUARD(&s->qemu_file_lock);
@@ -262,68 +241,6 @@ void postcopy_device_rp_closed(MigrationState *s)
             qemu_file_shutdown(s->to_dst_file);
         }
     }
-
-    postcopy_device_wake(s);
-}
-
-/*
- * Has anything happened in @state that what the migration thread waits for will
- * not come after?
- */
-static bool postcopy_device_lost(MigrationState *s, MigrationStatus state,
-                                 Error **errp)
-{
-    ERRP_GUARD();
-    const char *when =
-        state == MIGRATION_STATUS_POSTCOPY_DEVICE ?
-        "before the destination had loaded the device state" :
-        state == MIGRATION_STATUS_ACTIVE ?
-        "before the switchover to postcopy" : "during the recovery";
-
-    if (qatomic_read(&s->state) != state ||
-        qatomic_read(&s->postcopy_device.owner) ==
-        POSTCOPY_DEVICE_OWNER_CANCELLED) {
-        error_setg(errp, "Migration was cancelled %s", when);
-        return true;
-    }
-
-    /* The return path thread knows best, it has stored its error before */
-    if (qatomic_read(&s->postcopy_device.rp_closed)) {
-        QEMU_LOCK_GUARD(&s->error_mutex);
-        if (s->error) {
-            error_propagate(errp, error_copy(s->error));
-        } else {
-            error_setg(errp, "Destination closed the return path %s", when);
-        }
-        return true;
-    }
-
-    if (qemu_file_get_error_obj_any(s->to_dst_file,
-                                    qatomic_read(&s->postcopy_qemufile_src),
-                                    errp)) {
-        if (!*errp) {
-            error_setg(errp, "channel error");
-        }
-        error_prepend(errp, "Lost the destination %s: ", when);
-        return true;
-    }
-
-    return false;
-}
-
-bool postcopy_device_wait(MigrationState *s, MigrationStatus state,
-                          const bool *what, Error **errp)
-{
-    PostcopyDeviceSource *pd = &s->postcopy_device;
-    bool ok;
-
-    qatomic_set_mb(&pd->waiting, true);
-    while (!(ok = qatomic_load_acquire(what)) &&
-           !postcopy_device_lost(s, state, errp)) {
-        qemu_sem_wait(&pd->wake);
-    }
-    qatomic_set(&pd->waiting, false);
-    return ok;
 }
 
 /* Everything that was sent has arrived when the answer is here */
@@ -336,9 +253,8 @@ static bool postcopy_device_wait_drained(MigrationState *s, Error **errp)
         return true;
     }
 
-    postcopy_device_send_hold(s);
-    if (!postcopy_device_wait(s, MIGRATION_STATUS_ACTIVE, &pd->hold_answered,
-                              errp)) {
+    qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_HOLD);
+    if (!migration_wait(s, MIGRATION_STATUS_ACTIVE, &pd->hold_answered, errp)) {
         return false;
     }
 
@@ -357,8 +273,8 @@ bool postcopy_device_drain(MigrationState *s, Error **errp)
 
     if (migrate_postcopy_preempt()) {
         /* The main channel must be the first that the destination gets */
-        ok = postcopy_device_wait(s, MIGRATION_STATUS_ACTIVE,
-                                  &s->postcopy_device.ponged, errp);
+        ok = migration_wait(s, MIGRATION_STATUS_ACTIVE, &s->rp_state.ponged,
+                            errp);
         if (ok) {
             postcopy_preempt_connect(s);
         }
@@ -368,7 +284,7 @@ bool postcopy_device_drain(MigrationState *s, Error **errp)
 
     /* migrate_cancel may have come until now */
     bql_lock();
-    return ok && !postcopy_device_lost(s, MIGRATION_STATUS_ACTIVE, errp);
+    return ok && !migration_wait_is_over(s, MIGRATION_STATUS_ACTIVE, errp);
 }
 
 int postcopy_device_save(MigrationState *s, QEMUFile *f)
@@ -382,6 +298,12 @@ int postcopy_device_save(MigrationState *s, QEMUFile *f)
     if (migrate_postcopy_ram()) {
         /* Devices may have written to guest memory */
         ram_postcopy_sync_bitmap();
+        /* Just to line up traces */
+        qemu_savevm_send_ping(f, 3);
+    }
+    if (postcopy_device_enabled(s)) {
+        /* The last but RUN: behind it the return path may be lost */
+        qemu_savevm_send_ping(f, QEMU_VM_PING_PACKAGED_LOADED);
     }
     return ret;
 }
@@ -406,8 +328,7 @@ void migration_send_ahead(AddressSpace *as, hwaddr addr, hwaddr len)
     }
 }
 
-/* Nothing that this side waits for can block any longer when it returns. */
-static void postcopy_device_close_channels(MigrationState *s)
+static void postcopy_device_shut_channels(MigrationState *s)
 {
     if (s->postcopy_qemufile_src) {
         qemu_file_shutdown(s->postcopy_qemufile_src);
@@ -415,7 +336,6 @@ static void postcopy_device_close_channels(MigrationState *s)
     WITH_QEMU_LOCK_GUARD(&s->qemu_file_lock) {
         qemu_file_shutdown(s->to_dst_file);
     }
-    close_return_path_on_source(s);
 }
 
 static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
@@ -423,9 +343,9 @@ static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
     PostcopyDeviceSource *pd = &s->postcopy_device;
     bool ok;
 
-    qatomic_set_mb(&pd->waiting, true);
+    qatomic_set_mb(&s->waiting, true);
     while (!(ok = qatomic_read(&pd->loaded))) {
-        if (postcopy_device_lost(s, MIGRATION_STATUS_POSTCOPY_DEVICE, errp)) {
+        if (migration_wait_is_over(s, MIGRATION_STATUS_POSTCOPY_DEVICE, errp)) {
             break;
         }
         if (ram_postcopy_has_request()) {
@@ -434,22 +354,22 @@ static bool postcopy_device_wait_loaded(MigrationState *s, Error **errp)
         }
 
         if (qatomic_read(&pd->held)) {
-            qemu_sem_wait(&pd->wake);
-        } else if (qemu_sem_timedwait(&pd->wake, POSTCOPY_DEVICE_NUDGE_MS)) {
+            qemu_sem_wait(&s->wake_sem);
+        } else if (qemu_sem_timedwait(&s->wake_sem, POSTCOPY_DEVICE_NUDGE_MS)) {
             /*
              * A destination without this code that has failed to load may wait
              * for its listen thread, which waits for something to read.
              */
-            postcopy_device_send_hold(s);
+            qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_HOLD);
         }
     }
-    qatomic_set(&pd->waiting, false);
+    qatomic_set(&s->waiting, false);
     return ok;
 }
 
 static void postcopy_device_send_start(MigrationState *s)
 {
-    if (migrate_postcopy_ram() && postcopy_device_available(s)) {
+    if (postcopy_device_enabled(s)) {
         qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_START);
     }
 }
@@ -489,7 +409,7 @@ static bool postcopy_device_commit(MigrationState *s, MigrationStatus from,
     return true;
 }
 
-static void postcopy_device_let_go(MigrationState *s)
+void postcopy_device_handed_over(MigrationState *s)
 {
     bql_lock();
     migration_rate_set(migrate_max_postcopy_bandwidth());
@@ -545,56 +465,48 @@ static bool postcopy_device_reclaim_disks(MigrationState *s, Error **errp)
     }
 }
 
-/* Returns true if the destination has got the guest after all */
-static bool postcopy_device_wait_in_doubt(MigrationState *s, Error *disk_err)
+static void postcopy_device_explain_doubt(MigrationState *s, Error *disk_err)
 {
-    WITH_QEMU_LOCK_GUARD(&s->error_mutex) {
-        error_prepend(&disk_err, "%s. Guest stays stopped, as its disks are in "
-                      "use elsewhere: recover the migration if the destination "
-                      "is alive, or %s when it is not: ",
-                      s->error ? error_get_pretty(s->error) : "",
-                      qatomic_read(&s->postcopy_device.held) ?
-                      "use 'migrate_cancel'" :
-                      "quit and boot the guest from its disks");
-        error_free(s->error);
-        s->error = disk_err;
-    }
-
-    return postcopy_pause(s) == MIG_THR_ERR_RECOVERED;
+    QEMU_LOCK_GUARD(&s->error_mutex);
+    error_prepend(&disk_err, "%s. Guest stays stopped, as its disks are in "
+                  "use elsewhere: recover the migration if the destination "
+                  "is alive, or %s when it is not: ",
+                  s->error ? error_get_pretty(s->error) : "",
+                  qatomic_read(&s->postcopy_device.held) ?
+                  "use 'migrate_cancel'" :
+                  "quit and boot the guest from its disks");
+    error_free(s->error);
+    s->error = disk_err;
 }
 
-/*
- * The channels are closed, the source owns the guest.  Returns true if the
- * destination has got it nevertheless, by a recovery.
- */
-static bool postcopy_device_take_back(MigrationState *s)
+bool postcopy_device_take_back(MigrationState *s)
 {
-    Error *disk_err = NULL;
+    PostcopyDeviceSource *pd = &s->postcopy_device;
+    g_autoptr(Error) disk_err = NULL;
     bool have_disks;
 
     if (s->state != MIGRATION_STATUS_POSTCOPY_DEVICE) {
-        return false;
+        return true;
     }
 
     have_disks = postcopy_device_reclaim_disks(s, &disk_err);
 
-    /* A user may have cancelled meanwhile, but not between this and in_doubt */
+    /* A user may have cancelled meanwhile, but can't behind this */
     bql_lock();
-    if (qatomic_read(&s->postcopy_device.owner) ==
-        POSTCOPY_DEVICE_OWNER_CANCELLED) {
+    if (qatomic_read(&pd->owner) == POSTCOPY_DEVICE_OWNER_CANCELLED) {
+        /* If the disks are not to be had, 'cont' will try again */
         migrate_set_state(&s->state, MIGRATION_STATUS_POSTCOPY_DEVICE,
                           MIGRATION_STATUS_CANCELLING);
-    } else if (!have_disks) {
-        s->postcopy_device.in_doubt = true;
+    } else {
+        pd->taken_back = have_disks;
+        pd->in_doubt = !have_disks;
     }
     bql_unlock();
 
-    if (s->postcopy_device.in_doubt) {
-        return postcopy_device_wait_in_doubt(s, disk_err);
+    if (pd->in_doubt) {
+        postcopy_device_explain_doubt(s, g_steal_pointer(&disk_err));
     }
-    /* If it was cancelled without the disks, 'cont' will try again */
-    error_free(disk_err);
-    return false;
+    return !pd->in_doubt;
 }
 
 /* Without the BQL if there is a return path: it may block for long */
@@ -638,7 +550,7 @@ bool postcopy_device_switchover(MigrationState *s, QIOChannelBuffer *package,
     trace_postcopy_device_enter(package->usage);
     s->postcopy_device.start_time = qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
 
-    if (postcopy_device_available(s)) {
+    if (postcopy_device_enabled(s)) {
         migrate_set_state(&s->state, MIGRATION_STATUS_DEVICE,
                           MIGRATION_STATUS_POSTCOPY_DEVICE);
         bql_unlock();
@@ -655,23 +567,7 @@ bool postcopy_device_switchover(MigrationState *s, QIOChannelBuffer *package,
     if (!ok) {
         trace_postcopy_device_fail(error_get_pretty(*errp));
         migrate_set_error(s, *errp);
-        postcopy_device_close_channels(s);
-        ok = postcopy_device_take_back(s);
-        if (ok) {
-            error_free(*errp);
-            *errp = NULL;
-        }
-    }
-    if (ok) {
-        postcopy_device_let_go(s);
-    }
-
-    bql_lock();
-    if (!ok && qatomic_read(&s->postcopy_device.owner) ==
-        POSTCOPY_DEVICE_OWNER_CANCELLED) {
-        /* Since the disks were taken back */
-        migrate_set_state(&s->state, MIGRATION_STATUS_POSTCOPY_DEVICE,
-                          MIGRATION_STATUS_CANCELLING);
+        postcopy_device_shut_channels(s);
     }
     return ok;
 }
@@ -689,17 +585,17 @@ void postcopy_device_guest_back(MigrationState *s)
 
 /*** Destination ***/
 
-/* Bits of PostcopyDeviceIncoming.go */
-#define POSTCOPY_DEVICE_GO_RUN      1u
-#define POSTCOPY_DEVICE_GO_START    2u
-#define POSTCOPY_DEVICE_GO          (POSTCOPY_DEVICE_GO_RUN | \
-                                     POSTCOPY_DEVICE_GO_START)
+/* Bits of PostcopyDeviceIncoming.got */
+#define POSTCOPY_DEVICE_GOT_RUN     1u
+#define POSTCOPY_DEVICE_GOT_START   2u
+#define POSTCOPY_DEVICE_GOT_BOTH    (POSTCOPY_DEVICE_GOT_RUN | \
+                                     POSTCOPY_DEVICE_GOT_START)
 
 void postcopy_device_incoming_init(MigrationIncomingState *mis)
 {
     /* A source that does not ask to hold the guest will not send START */
-    mis->postcopy_device.go = POSTCOPY_DEVICE_GO_START;
-    qemu_event_init(&mis->postcopy_device.decided, false);
+    mis->postcopy_device.got = POSTCOPY_DEVICE_GOT_START;
+    qemu_event_init(&mis->postcopy_device.settled, false);
 }
 
 void postcopy_device_incoming_listen(MigrationIncomingState *mis)
@@ -708,7 +604,7 @@ void postcopy_device_incoming_listen(MigrationIncomingState *mis)
 
     pd->started = false;
     pd->listen_ended = false;
-    qemu_event_reset(&pd->decided);
+    qemu_event_reset(&pd->settled);
     qatomic_set(&pd->outcome, POSTCOPY_DEVICE_LOADING);
 
     /* There is no such state with dirty bitmaps only */
@@ -776,15 +672,16 @@ postcopy_device_incoming_prepare(MigrationIncomingState *mis)
 }
 
 /* RUN and START may come in either order */
-static void postcopy_device_incoming_go(MigrationIncomingState *mis,
-                                        unsigned what)
+static void postcopy_device_incoming_got(MigrationIncomingState *mis,
+                                         unsigned what)
 {
     PostcopyDeviceIncoming *pd = &mis->postcopy_device;
-    unsigned old = qatomic_fetch_or(&pd->go, what);
+    unsigned old = qatomic_fetch_or(&pd->got, what);
 
-    trace_postcopy_device_incoming_go(old, what);
+    trace_postcopy_device_incoming_got(old, what);
 
-    if (old != POSTCOPY_DEVICE_GO && (old | what) == POSTCOPY_DEVICE_GO) {
+    if (old != POSTCOPY_DEVICE_GOT_BOTH &&
+        (old | what) == POSTCOPY_DEVICE_GOT_BOTH) {
         migration_bh_schedule(pd->start_bh, mis);
     }
 }
@@ -797,17 +694,17 @@ bool postcopy_device_incoming_ping(MigrationIncomingState *mis,
         /* When the package is here it is too late to begin with that */
         if (qatomic_read(&mis->postcopy_device.outcome) ==
             POSTCOPY_DEVICE_NONE) {
-            qatomic_and(&mis->postcopy_device.go, ~POSTCOPY_DEVICE_GO_START);
+            qatomic_and(&mis->postcopy_device.got, ~POSTCOPY_DEVICE_GOT_START);
         }
-        if (!(qatomic_read(&mis->postcopy_device.go) &
-              POSTCOPY_DEVICE_GO_START)) {
+        if (!(qatomic_read(&mis->postcopy_device.got) &
+              POSTCOPY_DEVICE_GOT_START)) {
             *value = QEMU_VM_PONG_POSTCOPY_HELD;
         }
         break;
     case QEMU_VM_PING_PACKAGED_LOADED:
         return !qemu_in_coroutine() || postcopy_device_incoming_prepare(mis);
     case QEMU_VM_PING_POSTCOPY_START:
-        postcopy_device_incoming_go(mis, POSTCOPY_DEVICE_GO_START);
+        postcopy_device_incoming_got(mis, POSTCOPY_DEVICE_GOT_START);
         break;
     }
     return true;
@@ -823,7 +720,7 @@ bool postcopy_device_incoming_run(MigrationIncomingState *mis,
     }
 
     mis->postcopy_device.start_bh = start_bh;
-    postcopy_device_incoming_go(mis, POSTCOPY_DEVICE_GO_RUN);
+    postcopy_device_incoming_got(mis, POSTCOPY_DEVICE_GOT_RUN);
     return true;
 }
 
@@ -838,7 +735,7 @@ static void postcopy_device_release_disks_bh(void *opaque)
 
 void postcopy_device_incoming_link_lost(MigrationIncomingState *mis)
 {
-    if (qatomic_read(&mis->postcopy_device.go) != POSTCOPY_DEVICE_GO) {
+    if (qatomic_read(&mis->postcopy_device.got) != POSTCOPY_DEVICE_GOT_BOTH) {
         trace_postcopy_device_incoming_in_doubt();
         migration_bh_schedule(postcopy_device_release_disks_bh,
                               &mis->postcopy_device);
@@ -848,7 +745,7 @@ void postcopy_device_incoming_link_lost(MigrationIncomingState *mis)
 MigrationStatus
 postcopy_device_incoming_resume_state(MigrationIncomingState *mis)
 {
-    return qatomic_read(&mis->postcopy_device.go) == POSTCOPY_DEVICE_GO ?
+    return qatomic_read(&mis->postcopy_device.got) == POSTCOPY_DEVICE_GOT_BOTH ?
            MIGRATION_STATUS_POSTCOPY_ACTIVE : MIGRATION_STATUS_POSTCOPY_DEVICE;
 }
 
@@ -857,10 +754,10 @@ void postcopy_device_incoming_started(MigrationIncomingState *mis)
     mis->postcopy_device.started = true;
     migrate_set_state(&mis->state, MIGRATION_STATUS_POSTCOPY_DEVICE,
                       MIGRATION_STATUS_POSTCOPY_ACTIVE);
-    qemu_event_set(&mis->postcopy_device.decided);
+    qemu_event_set(&mis->postcopy_device.settled);
 }
 
-bool postcopy_device_incoming_fail(MigrationIncomingState *mis)
+bool postcopy_device_incoming_give_up(MigrationIncomingState *mis)
 {
     return postcopy_device_incoming_decide(mis, POSTCOPY_DEVICE_FAILED) !=
            POSTCOPY_DEVICE_LOADED;
@@ -872,17 +769,17 @@ bool postcopy_device_incoming_failed(MigrationIncomingState *mis)
            POSTCOPY_DEVICE_FAILED;
 }
 
-bool postcopy_device_incoming_prepared(MigrationIncomingState *mis)
+bool postcopy_device_incoming_is_prepared(MigrationIncomingState *mis)
 {
     return mis->state == MIGRATION_STATUS_POSTCOPY_DEVICE &&
            qatomic_read(&mis->postcopy_device.outcome) ==
            POSTCOPY_DEVICE_LOADED;
 }
 
-void postcopy_device_incoming_wait_decided(MigrationIncomingState *mis)
+void postcopy_device_incoming_wait_settled(MigrationIncomingState *mis)
 {
     if (!postcopy_device_incoming_failed(mis)) {
-        qemu_event_wait(&mis->postcopy_device.decided);
+        qemu_event_wait(&mis->postcopy_device.settled);
     }
 }
 
@@ -896,7 +793,7 @@ static void postcopy_device_incoming_shutdown(MigrationIncomingState *mis)
 
 void postcopy_device_incoming_preempt_lost(MigrationIncomingState *mis)
 {
-    if (postcopy_device_incoming_fail(mis)) {
+    if (postcopy_device_incoming_give_up(mis)) {
         postcopy_device_incoming_shutdown(mis);
     }
 }
@@ -975,7 +872,7 @@ bool postcopy_device_incoming_abort(MigrationIncomingState *mis)
 
     trace_postcopy_device_incoming_abort();
     qatomic_set(&pd->outcome, POSTCOPY_DEVICE_FAILED);
-    qemu_event_set(&pd->decided);
+    qemu_event_set(&pd->settled);
     postcopy_device_incoming_shutdown(mis);
     if (pd->listen_ended) {
         /* Not in the coroutine */

@@ -55,26 +55,21 @@ typedef struct PostcopyDeviceSource {
      */
     PostcopyDeviceOwner owner;
     /*
-     * A PONG has arrived; the answer to HOLD has; it was HELD: the destination
-     * will not start the guest before START.  Set by the return path thread,
-     * read by the migration thread, @held by the main thread, too.
+     * The answer to HOLD has arrived; it was HELD: the destination will not
+     * start the guest before START.  Set by the return path thread, read by the
+     * migration thread, @held by the main thread, too.
      */
-    bool ponged;
     bool hold_answered;
     bool held;
     /* It has got START.  Set by the return path thread, read by any. */
     bool start_answered;
     /*
-     * The disks are not to be had, the migration will be paused.  Migration
-     * thread and main thread, under the BQL.
+     * The migration will fail, as the source has the guest; the disks are not
+     * to be had, it will be paused.  Set by the migration thread, read by the
+     * main thread, under the BQL.
      */
+    bool taken_back;
     bool in_doubt;
-    /*
-     * Wakes the migration thread while it is waiting for the destination.
-     * Posted by any thread.
-     */
-    QemuSemaphore wake;
-    bool waiting;
     /* The devices are being saved for the package.  Under the BQL. */
     bool saving;
     /*
@@ -82,11 +77,6 @@ typedef struct PostcopyDeviceSource {
      * consumed by the migration thread.
      */
     bool loaded;
-    /*
-     * The return path thread has ended.  Set by it, reset before it is started,
-     * read by the migration thread.
-     */
-    bool rp_closed;
     /*
      * When the package was complete (ms), or 0 if it has not come to that.
      * Migration thread only, like the next.
@@ -118,14 +108,14 @@ typedef struct PostcopyDeviceIncoming {
      * Set by the main thread when the guest has been started, or will never
      * be; the listen thread waits for it.
      */
-    QemuEvent decided;
+    QemuEvent settled;
     /* What starts the guest.  Set by the main thread before it sets RUN. */
     QEMUBHFunc *start_bh;
     /*
      * What has arrived of RUN (main thread) and START (listen thread): atomic.
      * With both of them the guest starts.
      */
-    unsigned go;
+    unsigned got;
     /* The rest is used by the main thread only, with the BQL held */
     bool disks_activated;
     bool started;
@@ -145,48 +135,6 @@ typedef struct PostcopyDeviceIncoming {
  * with the BQL held, before any thread of the migration exists.
  */
 void postcopy_device_init(MigrationState *s);
-
-/**
- * postcopy_device_available: is there a postcopy-device in this migration?
- *
- * @s: the migration
- *
- * Returns: false in postcopy of dirty bitmaps only.  It cannot be recovered, so
- *          nothing would make good a lost START.  There is no postcopy-device
- *          state then.
- *
- * Migration thread.
- */
-bool postcopy_device_available(MigrationState *s);
-
-/**
- * postcopy_device_send_hold: ask the destination to wait for START
- *
- * @s: the migration
- *
- * Needs a migration that can be recovered, which is how a lost START is made
- * good: nothing is sent without postcopy-ram.
- *
- * Migration thread.
- */
-void postcopy_device_send_hold(MigrationState *s);
-
-/**
- * postcopy_device_wait: wait for another thread to set a flag
- *
- * @s: the migration
- * @state: the state that it is in
- * @what: the flag; who sets it calls postcopy_device_wake() behind that
- * @errp: why it will not be set
- *
- * Ends with the flag, the state, the return path, or an error of a channel.
- *
- * Returns: whether the flag is set
- *
- * Migration thread, without the BQL.
- */
-bool postcopy_device_wait(MigrationState *s, MigrationStatus state,
-                          const bool *what, Error **errp);
 
 /**
  * postcopy_device_drain: let the link run dry before the guest is stopped
@@ -214,7 +162,7 @@ bool postcopy_device_drain(MigrationState *s, Error **errp);
  * @f: the package
  *
  * Meanwhile migration_send_ahead() is heard.  Afterwards it is certain what is
- * dirty.
+ * dirty.  A PING QEMU_VM_PING_PACKAGED_LOADED follows behind the devices.
  *
  * Returns: 0, or negative errno
  *
@@ -249,30 +197,49 @@ void postcopy_device_recovered(MigrationState *s);
  * postcopy_device_switchover: hand the package over and wait until it is loaded
  *
  * @s: the migration, in state device
- * @package: the package, which has PING QEMU_VM_PING_PACKAGED_LOADED in it if
- *           postcopy_device_available()
+ * @package: the package, complete
  * @errp: where to say what went wrong
  *
  * Serves page requests meanwhile, and sends no other page: the link is kept
  * free for what the destination waits for.  Waits as long as the destination
  * needs, but no longer than both channels work.
  *
- * If the channels fail but the disks are not to be had (the destination may
- * hold their locks), the source must not run the guest.  The migration is
- * paused then, and this function waits until it is recovered or cancelled.
- *
  * Returns: true once the destination has the guest: the state is
- *          postcopy-active, and there is no way back.
- *          false if the source still owns the guest: the state is as it was
- *          (or cancelling), the channels are shut down, and the return path
- *          thread is gone.  The caller takes the guest back.
+ *          postcopy-active, and there is no way back.  The caller goes on with
+ *          postcopy_device_handed_over().
+ *          false if the source still owns the guest; the channels are shut
+ *          down.  The caller closes the return path, and goes on with
+ *          postcopy_device_take_back().
  *
- * Migration thread, with the BQL held.  The BQL is dropped while the network is
- * used and taken again.  As migrate_cancel comes with the BQL, it finds the
- * migration either before the phase or in it.
+ * Migration thread, with the BQL held, which is dropped.  As migrate_cancel
+ * comes with the BQL, it finds the migration either before the phase or in it.
  */
 bool postcopy_device_switchover(MigrationState *s, QIOChannelBuffer *package,
                                 Error **errp);
+
+/**
+ * postcopy_device_handed_over: give up what was kept for the guest to come back
+ *
+ * @s: the migration, in state postcopy-active
+ *
+ * Migration thread, without the BQL.
+ */
+void postcopy_device_handed_over(MigrationState *s);
+
+/**
+ * postcopy_device_take_back: the switchover has failed, get the disks back
+ *
+ * @s: the migration, with all channels closed
+ *
+ * Returns: true if the source has the guest.  If the user has cancelled the
+ *          migration, the state is cancelling.
+ *          false if the disks are not to be had, as the destination may hold
+ *          their locks: the source must not run the guest, and the caller
+ *          pauses the migration until it is recovered or cancelled.
+ *
+ * Migration thread, without the BQL.  Takes 10 seconds at most.
+ */
+bool postcopy_device_take_back(MigrationState *s);
 
 /**
  * postcopy_device_committed: has the guest been handed over?
@@ -318,33 +285,14 @@ void postcopy_device_pong(MigrationState *s, uint32_t value);
 void postcopy_device_rp_error(MigrationState *s, Error **errp);
 
 /**
- * postcopy_device_rp_opened: note that there is a return path (again)
- *
- * @s: the migration
- *
- * Before its thread exists.
- */
-void postcopy_device_rp_opened(MigrationState *s);
-
-/**
  * postcopy_device_rp_closed: note that the return path is closed
  *
  * @s: the migration
  *
- * The migration thread stops waiting, and if it is stuck in a write that will
- * not go through any more, it is freed from there.  Return path thread, as the
- * last thing it does.
+ * If the migration thread is stuck in a write that will not go through any
+ * more, it is freed from there.  Return path thread, before it ends.
  */
 void postcopy_device_rp_closed(MigrationState *s);
-
-/**
- * postcopy_device_wake: make the migration thread look again
- *
- * @s: the migration
- *
- * Any thread.  Nothing happens unless it waits in one of these functions.
- */
-void postcopy_device_wake(MigrationState *s);
 
 /**
  * postcopy_device_downtime_over: may the guest run at the destination?
@@ -429,7 +377,7 @@ bool postcopy_device_incoming_run(MigrationIncomingState *mis,
 void postcopy_device_incoming_started(MigrationIncomingState *mis);
 
 /**
- * postcopy_device_incoming_fail: the load, or the link during it, has failed
+ * postcopy_device_incoming_give_up: the load, or the link during it, has failed
  *
  * @mis: the incoming migration
  *
@@ -441,7 +389,7 @@ void postcopy_device_incoming_started(MigrationIncomingState *mis);
  *
  * Listen or preempt thread.
  */
-bool postcopy_device_incoming_fail(MigrationIncomingState *mis);
+bool postcopy_device_incoming_give_up(MigrationIncomingState *mis);
 
 /**
  * postcopy_device_incoming_failed: is it decided that the guest won't start?
@@ -451,14 +399,14 @@ bool postcopy_device_incoming_fail(MigrationIncomingState *mis);
 bool postcopy_device_incoming_failed(MigrationIncomingState *mis);
 
 /**
- * postcopy_device_incoming_prepared: could the source have let go of the guest?
+ * postcopy_device_incoming_is_prepared: could the source have let go of the guest?
  *
  * Returns: true in postcopy-device once all devices are loaded: only a recovery
  *          helps if the link is lost.
  *
  * Any thread.
  */
-bool postcopy_device_incoming_prepared(MigrationIncomingState *mis);
+bool postcopy_device_incoming_is_prepared(MigrationIncomingState *mis);
 
 /**
  * postcopy_device_incoming_link_lost: the listen thread pauses for recovery
@@ -484,7 +432,7 @@ MigrationStatus
 postcopy_device_incoming_resume_state(MigrationIncomingState *mis);
 
 /**
- * postcopy_device_incoming_wait_decided: wait until it is certain what becomes
+ * postcopy_device_incoming_wait_settled: wait until it is certain what becomes
  * of the guest
  *
  * @mis: the incoming migration
@@ -493,7 +441,7 @@ postcopy_device_incoming_resume_state(MigrationIncomingState *mis);
  *
  * Listen thread, when it has received everything, or has failed.
  */
-void postcopy_device_incoming_wait_decided(MigrationIncomingState *mis);
+void postcopy_device_incoming_wait_settled(MigrationIncomingState *mis);
 
 /**
  * postcopy_device_incoming_preempt_lost: the preempt channel has failed
