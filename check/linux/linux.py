@@ -133,7 +133,9 @@ def qemu_args(tmp):
             f'file.filename={disk}',
             '-device', f'virtio-blk-pci,drive=disk,{virtio}',
             '-netdev', 'user,id=net,restrict=on',
-            '-device', f'virtio-net-pci,netdev=net,romfile=,{virtio}']
+            # rings of both kinds: these are packed, the disk's are split
+            '-device',
+            f'virtio-net-pci,netdev=net,romfile=,packed=on,{virtio}']
 
 
 def migrate(source, destination, preempt):
