@@ -11,7 +11,6 @@
 #include "qapi/error.h"
 #include "qemu/error-report.h"
 #include "exec/memory.h"
-#include "block/block-global-state.h"
 #include "io/channel-buffer.h"
 #include "migration/misc.h"
 #include "migration.h"
@@ -68,7 +67,7 @@ void postcopy_device_pong(MigrationState *s, uint32_t value)
         qatomic_set(&pd->held, true);
         /* fall through */
     case QEMU_VM_PING_POSTCOPY_HOLD:
-        qatomic_set(&pd->hold_answered, true);
+        qatomic_store_release(&pd->hold_answered, true);
         break;
     case QEMU_VM_PING_PACKAGED_LOADED:
         trace_postcopy_device_loaded();
@@ -111,7 +110,7 @@ static void postcopy_device_cancel_waiting(MigrationState *s, Error **errp)
         return;
     }
 
-    /* If not, the file stays as long as the BQL is held */
+    /* Neither: the migration thread needs the BQL to close the file */
     if (s->postcopy_device.in_doubt) {
         error_setg(errp, "Cannot cancel yet: the migration is about to pause, "
                    "as the disks are in use elsewhere");
@@ -151,10 +150,6 @@ static void postcopy_device_cancel_waiting(MigrationState *s, Error **errp)
         if (s->to_dst_file) {
             qemu_file_shutdown(s->to_dst_file);
         }
-        /* The migration thread may wait for who writes to this one */
-        if (s->postcopy_qemufile_src) {
-            qemu_file_shutdown(s->postcopy_qemufile_src);
-        }
     }
     migration_wake(s);
 }
@@ -175,11 +170,8 @@ static void postcopy_device_cancel_paused(MigrationState *s, Error **errp)
         return;
     }
 
-    if (!postcopy_device_set_owner(s, POSTCOPY_DEVICE_OWNER_CANCELLED)) {
-        error_setg(errp, "Cannot cancel: the destination has the guest");
-        return;
-    }
-
+    /* Only a recovery would decide it, which would begin in this thread */
+    postcopy_device_set_owner(s, POSTCOPY_DEVICE_OWNER_CANCELLED);
     trace_postcopy_device_cancel();
     migrate_set_state(&s->state, MIGRATION_STATUS_POSTCOPY_PAUSED,
                       MIGRATION_STATUS_CANCELLING);
@@ -203,6 +195,11 @@ void postcopy_device_cancel(MigrationState *s, Error **errp)
         break;
     default:
         break;
+    }
+    if (!postcopy_device_committed(s)) {
+        error_setg(errp, "Cannot cancel during a recovery");
+        error_append_hint(errp, "Use 'migrate-pause' first.\n");
+        return;
     }
     error_setg(errp, "Postcopy migration in progress, cannot cancel: the "
                "destination has the guest");
@@ -383,7 +380,7 @@ void postcopy_device_recovered(MigrationState *s)
     postcopy_device_set_owner(s, POSTCOPY_DEVICE_OWNER_DESTINATION);
     postcopy_device_send_start(s);
     if (!postcopy_device_downtime_over(s)) {
-        /* It may have got an earlier one whose answer was lost */
+        /* Too long if it had got an earlier one, and the answer was lost */
         s->downtime = 0;
         migration_downtime_end(s);
     }
@@ -393,7 +390,9 @@ void postcopy_device_recovered(MigrationState *s)
 static bool postcopy_device_commit(MigrationState *s, MigrationStatus from,
                                    Error **errp)
 {
-    if (!postcopy_device_set_owner(s, POSTCOPY_DEVICE_OWNER_DESTINATION)) {
+    /* The state changes if QEMU is about to quit */
+    if (qatomic_read(&s->state) != from ||
+        !postcopy_device_set_owner(s, POSTCOPY_DEVICE_OWNER_DESTINATION)) {
         error_setg(errp, "Migration was cancelled during switchover");
         return false;
     }
@@ -431,7 +430,7 @@ void postcopy_device_handed_over(MigrationState *s)
  * The source wants the guest back, but it may have got as far at the
  * destination that the disks are activated there.  A destination that can hold
  * lets go of them when it finds the link broken, or ends, which may take some
- * time.  Any other has run the guest.
+ * time.  Any other that has the locks may have run the guest.
  */
 static bool postcopy_device_reclaim_disks(MigrationState *s, Error **errp)
 {
@@ -554,7 +553,10 @@ bool postcopy_device_switchover(MigrationState *s, QIOChannelBuffer *package,
         migrate_set_state(&s->state, MIGRATION_STATUS_DEVICE,
                           MIGRATION_STATUS_POSTCOPY_DEVICE);
         bql_unlock();
-        ok = postcopy_device_send(s, package, errp) &&
+        /* The return path may have been closed just before */
+        ok = !migration_wait_is_over(s, MIGRATION_STATUS_POSTCOPY_DEVICE,
+                                     errp) &&
+             postcopy_device_send(s, package, errp) &&
              postcopy_device_wait_loaded(s, errp) &&
              postcopy_device_commit(s, MIGRATION_STATUS_POSTCOPY_DEVICE, errp);
     } else {
@@ -694,6 +696,7 @@ bool postcopy_device_incoming_ping(MigrationIncomingState *mis,
         /* When the package is here it is too late to begin with that */
         if (qatomic_read(&mis->postcopy_device.outcome) ==
             POSTCOPY_DEVICE_NONE) {
+            mis->postcopy_device.held = true;
             qatomic_and(&mis->postcopy_device.got, ~POSTCOPY_DEVICE_GOT_START);
         }
         if (!(qatomic_read(&mis->postcopy_device.got) &
@@ -767,6 +770,11 @@ bool postcopy_device_incoming_failed(MigrationIncomingState *mis)
 {
     return qatomic_read(&mis->postcopy_device.outcome) ==
            POSTCOPY_DEVICE_FAILED;
+}
+
+bool postcopy_device_incoming_is_held(MigrationIncomingState *mis)
+{
+    return mis->postcopy_device.held;
 }
 
 bool postcopy_device_incoming_is_prepared(MigrationIncomingState *mis)
@@ -867,7 +875,10 @@ bool postcopy_device_incoming_abort(MigrationIncomingState *mis)
         !qio_channel_has_feature(qemu_file_get_ioc(mis->from_src_file),
                                  QIO_CHANNEL_FEATURE_SHUTDOWN)) {
         /* Nothing would end the listen thread but the exit of the process */
-        return false;
+        WITH_QEMU_LOCK_GUARD(&migrate_get_current()->error_mutex) {
+            error_report_err(error_copy(migrate_get_current()->error));
+        }
+        exit(EXIT_FAILURE);
     }
 
     trace_postcopy_device_incoming_abort();

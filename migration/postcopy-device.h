@@ -85,7 +85,10 @@ typedef struct PostcopyDeviceSource {
     AnnounceTimer announce_timer;
 } PostcopyDeviceSource;
 
-/* How far the destination has come.  Only ever moves on from LOADING. */
+/*
+ * How far the destination has come.  It is decided once where LOADING ends, but
+ * for a load that fails after it was LOADED.
+ */
 typedef enum PostcopyDeviceOutcome {
     /* No package has been announced yet */
     POSTCOPY_DEVICE_NONE = 0,
@@ -116,6 +119,8 @@ typedef struct PostcopyDeviceIncoming {
      * With both of them the guest starts.
      */
     unsigned got;
+    /* HOLD has come.  Set before there is a listen thread. */
+    bool held;
     /* The rest is used by the main thread only, with the BQL held */
     bool disks_activated;
     bool started;
@@ -257,9 +262,8 @@ bool postcopy_device_committed(MigrationState *s);
  *
  * @s: the migration, which has failed
  *
- * If the destination may have announced the guest on the network, or has been
- * taken for its place there, announce it here.  Migration thread, with the BQL
- * held.
+ * The destination may have announced the guest on the network: announce it here.
+ * Migration thread, with the BQL held.
  */
 void postcopy_device_guest_back(MigrationState *s);
 
@@ -306,10 +310,10 @@ void postcopy_device_rp_closed(MigrationState *s);
 bool postcopy_device_downtime_over(MigrationState *s);
 
 /**
- * postcopy_device_in_progress: may the source still take the guest back?
+ * postcopy_device_in_progress: is there an outgoing migration in the phase?
  *
- * Returns: true in the outgoing state postcopy-device.  Nothing that the guest
- *          would need on this side may be given up then.
+ * Returns: true in postcopy-device.  Nothing that the guest would need on this
+ *          side may be given up then.
  *
  * Any thread.
  */
@@ -399,6 +403,16 @@ bool postcopy_device_incoming_give_up(MigrationIncomingState *mis);
 bool postcopy_device_incoming_failed(MigrationIncomingState *mis);
 
 /**
+ * postcopy_device_incoming_is_held: has the source asked to hold the guest?
+ *
+ * Returns: true if so: it has this code, too, and never runs the guest again
+ *          once it has given it away, whatever breaks at the end
+ *
+ * Any thread of postcopy.
+ */
+bool postcopy_device_incoming_is_held(MigrationIncomingState *mis);
+
+/**
  * postcopy_device_incoming_is_prepared: could the source have let go of the guest?
  *
  * Returns: true in postcopy-device once all devices are loaded: only a recovery
@@ -486,7 +500,8 @@ void postcopy_device_incoming_listen_end(MigrationIncomingState *mis);
  * migration ends when that has.
  *
  * Returns: false if there is no listen thread: the caller has to end the
- *          migration
+ *          migration.  Does not return, but exits, if the listen thread cannot
+ *          be ended, and exit-on-error says so.
  *
  * Main thread, in the load coroutine, which is about to end.
  */
