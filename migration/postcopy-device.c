@@ -10,7 +10,7 @@
 #include "qemu/rcu.h"
 #include "qapi/error.h"
 #include "qemu/error-report.h"
-#include "exec/memory.h"
+#include "system/dma.h"
 #include "io/channel-buffer.h"
 #include "migration/misc.h"
 #include "migration.h"
@@ -146,11 +146,7 @@ static void postcopy_device_cancel_waiting(MigrationState *s, Error **errp)
                "loaded the device state");
     migrate_set_error(s, err);
     error_free(err);
-    WITH_QEMU_LOCK_GUARD(&s->qemu_file_lock) {
-        if (s->to_dst_file) {
-            qemu_file_shutdown(s->to_dst_file);
-        }
-    }
+    migration_shutdown_channels(s);
     migration_wake(s);
 }
 
@@ -233,10 +229,7 @@ void postcopy_device_rp_closed(MigrationState *s)
 {
     if (postcopy_device_in_progress() &&
         !qatomic_read(&s->postcopy_device.loaded)) {
-        QEMU_LOCK_GUARD(&s->qemu_file_lock);
-        if (s->to_dst_file) {
-            qemu_file_shutdown(s->to_dst_file);
-        }
+        migration_shutdown_channels(s);
     }
 }
 

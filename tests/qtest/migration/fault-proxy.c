@@ -5,8 +5,9 @@
  */
 
 #include "qemu/osdep.h"
+#include <glib-unix.h>
 #include <poll.h>
-#include <sys/un.h>
+#include "qapi/error.h"
 #include "qemu/bswap.h"
 #include "qemu/event_notifier.h"
 #include "qemu/sockets.h"
@@ -34,14 +35,25 @@
 
 #define WAIT_SECONDS            45
 
+/* What is under way; without data it is the end of the stream */
+typedef struct Chunk {
+    gint64 due;
+    size_t size;
+    uint8_t data[];
+} Chunk;
+
 /* One direction of one connection */
 typedef struct Stream {
     /* Owned by Channel */
     int in;
     int out;
+    /* Chunks that have been read and have not arrived, and their size */
+    GQueue under_way;
+    size_t size_under_way;
+    bool eof_read;
     bool eof;
     bool eof_passed;
-    /* What has been read; the first @done bytes are passed on (or dropped) */
+    /* What has arrived; the first @done bytes are passed on (or dropped) */
     GByteArray *buf;
     size_t done;
     /* How much of @buf has been looked at, and may be passed on */
@@ -63,19 +75,19 @@ typedef struct Channel {
 } Channel;
 
 struct FaultProxy {
-    char *path;
     char *uri;
-    char *dst_path;
     int listen_fd;
     /* Interrupts the thread's poll() */
     EventNotifier wake;
     GThread *thread;
 
     GMutex lock;
-    /* Signalled when the trap has worked */
+    /* Signalled when the trap has worked, or a connection is withheld */
     GCond cond;
     /* The rest is protected by @lock */
     bool quit;
+    SocketAddress *dst_addr;
+    gint64 delay_us;
     GPtrArray *channels;
     FaultProxyMode mode[DIRECTION_MAX];
     bool trap_set;
@@ -89,6 +101,8 @@ struct FaultProxy {
     uint32_t swallow_pong;
     bool repeat_requests;
     bool withhold;
+    /* The other end of the connection that is withheld, or -1 */
+    int withheld;
     unsigned requests;
     uint64_t bytes_to_dst;
     GByteArray *insert;
@@ -105,48 +119,35 @@ static void channel_free(gpointer opaque)
     close(c->stream[TO_SRC].in);
     for (Direction d = 0; d < DIRECTION_MAX; d++) {
         g_byte_array_unref(c->stream[d].buf);
+        g_queue_clear_full(&c->stream[d].under_way, g_free);
     }
     g_free(c);
 }
 
-static int unix_socket(const char *path, struct sockaddr_un *addr)
-{
-    int fd = qemu_socket(AF_UNIX, SOCK_STREAM, 0);
-
-    g_assert_cmpint(fd, >=, 0);
-    *addr = (struct sockaddr_un) { .sun_family = AF_UNIX };
-    g_assert_cmpuint(strlen(path), <, sizeof(addr->sun_path));
-    strcpy(addr->sun_path, path);
-    return fd;
-}
-
 static void accept_channel(FaultProxy *p)
 {
-    struct sockaddr_un addr;
     Channel *c = g_new0(Channel, 1);
     int src = qemu_accept(p->listen_fd, NULL, NULL);
     int dst, idle[2];
 
     g_assert_cmpint(src, >=, 0);
     if (p->withhold && p->channels->len) {
-        /* The other end stays open until the test ends */
         g_assert_cmpint(socketpair(AF_UNIX, SOCK_STREAM, 0, idle), ==, 0);
         dst = idle[0];
+        p->withheld = idle[1];
+        g_cond_broadcast(&p->cond);
     } else {
-        dst = unix_socket(p->dst_path, &addr);
-        if (connect(dst, (struct sockaddr *)&addr, sizeof(addr)) < 0) {
-            g_error("fault proxy: cannot connect to %s: %s", p->dst_path,
-                    strerror(errno));
-        }
+        dst = socket_connect(p->dst_addr, &error_abort);
     }
-    qemu_socket_set_nonblock(src);
-    qemu_socket_set_nonblock(dst);
+    g_assert(g_unix_set_fd_nonblocking(src, true, NULL));
+    g_assert(g_unix_set_fd_nonblocking(dst, true, NULL));
 
     c->main = !p->channels->len;
     c->stream[TO_DST].in = c->stream[TO_SRC].out = src;
     c->stream[TO_SRC].in = c->stream[TO_DST].out = dst;
     for (Direction d = 0; d < DIRECTION_MAX; d++) {
         c->stream[d].buf = g_byte_array_new();
+        g_queue_init(&c->stream[d].under_way);
     }
     g_ptr_array_add(p->channels, c);
 }
@@ -514,22 +515,55 @@ static void pump_all(FaultProxy *p, bool *full)
 
 static bool wants_data(FaultProxy *p, Stream *s, Direction d)
 {
-    if (s->eof || p->mode[d] == FAULT_PROXY_STALL) {
+    if (s->eof_read || p->mode[d] == FAULT_PROXY_STALL) {
         return false;
     }
-    return p->mode[d] != FAULT_PROXY_FORWARD || passable(s) < READ_AHEAD;
+    return p->mode[d] != FAULT_PROXY_FORWARD ||
+           s->size_under_way + passable(s) < READ_AHEAD;
 }
 
-static void read_stream(Stream *s)
+static void read_stream(FaultProxy *p, Stream *s)
 {
     uint8_t data[64 * KiB];
     ssize_t ret = recv(s->in, data, sizeof(data), 0);
+    Chunk *chunk;
 
-    if (ret > 0) {
-        g_byte_array_append(s->buf, data, ret);
-    } else if (!ret || (errno != EAGAIN && errno != EWOULDBLOCK)) {
-        s->eof = true;
+    if (ret < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
+        return;
     }
+    s->eof_read = ret <= 0;
+    chunk = g_malloc(sizeof(*chunk) + MAX(ret, 0));
+    chunk->due = g_get_monotonic_time() + p->delay_us;
+    chunk->size = MAX(ret, 0);
+    memcpy(chunk->data, data, chunk->size);
+    g_queue_push_tail(&s->under_way, chunk);
+    s->size_under_way += chunk->size;
+}
+
+/* Returns when the next chunk arrives, but no later than @next */
+static gint64 receive_chunks(Stream *s, gint64 next)
+{
+    gint64 now = g_get_monotonic_time();
+    Chunk *chunk;
+
+    while ((chunk = g_queue_peek_head(&s->under_way))) {
+        if (chunk->due > now) {
+            return MIN(chunk->due, next);
+        }
+        g_byte_array_append(s->buf, chunk->data, chunk->size);
+        s->size_under_way -= chunk->size;
+        s->eof = !chunk->size;
+        g_free(g_queue_pop_head(&s->under_way));
+    }
+    return next;
+}
+
+/* The argument of poll() */
+static int ms_until(gint64 time)
+{
+    gint64 us = time - g_get_monotonic_time();
+
+    return time == INT64_MAX ? -1 : MAX(us + 999, 0) / 1000;
 }
 
 static void *proxy_thread(void *opaque)
@@ -541,8 +575,14 @@ static void *proxy_thread(void *opaque)
         int streams = p->channels->len * DIRECTION_MAX;
         g_autofree bool *full = g_new0(bool, streams);
         g_autofree struct pollfd *fds = g_new0(struct pollfd, 2 + 2 * streams);
+        gint64 next = INT64_MAX;
         int ret;
 
+        for (int i = 0; i < streams; i++) {
+            Channel *c = g_ptr_array_index(p->channels, i / DIRECTION_MAX);
+
+            next = receive_chunks(&c->stream[i % DIRECTION_MAX], next);
+        }
         pump_all(p, full);
 
         /* Per stream one entry to read, one to write; -1 is ignored */
@@ -564,8 +604,8 @@ static void *proxy_thread(void *opaque)
         }
 
         g_mutex_unlock(&p->lock);
-        ret = RETRY_ON_EINTR(poll(fds, 2 + 2 * streams, -1));
-        g_assert_cmpint(ret, >, 0);
+        ret = RETRY_ON_EINTR(poll(fds, 2 + 2 * streams, ms_until(next)));
+        g_assert_cmpint(ret, >=, 0);
         g_mutex_lock(&p->lock);
 
         if (event_notifier_test_and_clear(&p->wake)) {
@@ -576,7 +616,7 @@ static void *proxy_thread(void *opaque)
             Channel *c = g_ptr_array_index(p->channels, i / DIRECTION_MAX);
 
             if (fds[2 + 2 * i].revents) {
-                read_stream(&c->stream[i % DIRECTION_MAX]);
+                read_stream(p, &c->stream[i % DIRECTION_MAX]);
             }
         }
         for (int i = p->channels->len - 1; i >= 0; i--) {
@@ -595,27 +635,22 @@ static void *proxy_thread(void *opaque)
     return NULL;
 }
 
-FaultProxy *fault_proxy_new(const char *dir, const char *dst_path)
+FaultProxy *fault_proxy_new(const char *uri)
 {
+    g_autoptr(SocketAddress) addr = socket_parse(uri, &error_abort);
+    g_autoptr(SocketAddress) local = NULL;
     FaultProxy *p = g_new0(FaultProxy, 1);
-    struct sockaddr_un addr;
 
-    p->path = g_strdup_printf("%s/faultproxy", dir);
-    p->uri = g_strdup_printf("unix:%s", p->path);
-    p->dst_path = g_strdup(dst_path);
     p->channels = g_ptr_array_new_with_free_func(channel_free);
     p->insert = g_byte_array_new();
+    p->withheld = -1;
     g_mutex_init(&p->lock);
     g_cond_init(&p->cond);
     g_assert_cmpint(event_notifier_init(&p->wake, false), ==, 0);
 
-    p->listen_fd = unix_socket(p->path, &addr);
-    unlink(p->path);
-    if (bind(p->listen_fd, (struct sockaddr *)&addr, sizeof(addr)) < 0 ||
-        listen(p->listen_fd, 8) < 0) {
-        g_error("fault proxy: cannot listen on %s: %s", p->path,
-                strerror(errno));
-    }
+    p->listen_fd = socket_listen(addr, 8, &error_abort);
+    local = socket_local_address(p->listen_fd, &error_abort);
+    p->uri = socket_uri(local);
 
     p->thread = g_thread_new("faultproxy", proxy_thread, p);
     return p;
@@ -631,14 +666,16 @@ void fault_proxy_free(FaultProxy *p)
 
     g_ptr_array_unref(p->channels);
     g_byte_array_unref(p->insert);
+    socket_listen_cleanup(p->listen_fd, &error_abort);
     close(p->listen_fd);
-    unlink(p->path);
+    if (p->withheld >= 0) {
+        close(p->withheld);
+    }
     event_notifier_cleanup(&p->wake);
     g_mutex_clear(&p->lock);
     g_cond_clear(&p->cond);
-    g_free(p->path);
     g_free(p->uri);
-    g_free(p->dst_path);
+    qapi_free_SocketAddress(p->dst_addr);
     g_free(p->spoil_idstr);
     g_free(p);
 }
@@ -646,6 +683,21 @@ void fault_proxy_free(FaultProxy *p)
 const char *fault_proxy_uri(FaultProxy *p)
 {
     return p->uri;
+}
+
+void fault_proxy_set_destination(FaultProxy *p, const char *uri)
+{
+    g_mutex_lock(&p->lock);
+    qapi_free_SocketAddress(p->dst_addr);
+    p->dst_addr = socket_parse(uri, &error_abort);
+    g_mutex_unlock(&p->lock);
+}
+
+void fault_proxy_set_delay(FaultProxy *p, unsigned ms)
+{
+    g_mutex_lock(&p->lock);
+    p->delay_us = ms * 1000;
+    g_mutex_unlock(&p->lock);
 }
 
 void fault_proxy_trap(FaultProxy *p, FaultProxyPoint point, uint32_t value,
@@ -704,6 +756,27 @@ void fault_proxy_withhold(FaultProxy *p, bool withhold)
 {
     g_mutex_lock(&p->lock);
     p->withhold = withhold;
+    g_mutex_unlock(&p->lock);
+}
+
+void fault_proxy_wait_withheld(FaultProxy *p)
+{
+    gint64 end = g_get_monotonic_time() + WAIT_SECONDS * G_TIME_SPAN_SECOND;
+
+    g_mutex_lock(&p->lock);
+    while (p->withheld < 0) {
+        if (!g_cond_wait_until(&p->cond, &p->lock, end)) {
+            g_error("fault proxy: no second connection in %d s", WAIT_SECONDS);
+        }
+    }
+    g_mutex_unlock(&p->lock);
+}
+
+void fault_proxy_end_withheld(FaultProxy *p)
+{
+    g_mutex_lock(&p->lock);
+    close(p->withheld);
+    p->withheld = -1;
     g_mutex_unlock(&p->lock);
 }
 
@@ -772,7 +845,7 @@ void fault_proxy_cut_source(FaultProxy *p)
         /* Its other end stays open until the test ends */
         g_assert_cmpint(dup2(idle[0], fd), ==, fd);
         close(idle[0]);
-        qemu_socket_set_nonblock(fd);
+        g_assert(g_unix_set_fd_nonblocking(fd, true, NULL));
     }
     event_notifier_set(&p->wake);
     g_mutex_unlock(&p->lock);

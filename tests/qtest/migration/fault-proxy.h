@@ -66,13 +66,11 @@ typedef enum FaultProxyMode {
 /**
  * fault_proxy_new: start a proxy
  *
- * @dir: a directory for its socket
- * @dst_path: the unix socket that the destination listens on; need not exist
- *            before the source connects
+ * @uri: where it listens, a unix socket or a TCP port (0: any free one)
  *
  * Returns: the proxy, to be freed with fault_proxy_free()
  */
-FaultProxy *fault_proxy_new(const char *dir, const char *dst_path);
+FaultProxy *fault_proxy_new(const char *uri);
 
 /**
  * fault_proxy_free: cut all connections and stop the proxy
@@ -89,6 +87,26 @@ void fault_proxy_free(FaultProxy *p);
  * Returns: a migration URI, owned by the proxy
  */
 const char *fault_proxy_uri(FaultProxy *p);
+
+/**
+ * fault_proxy_set_destination: say where the destination listens
+ *
+ * @p: the proxy
+ * @uri: a unix socket or a TCP port
+ *
+ * To be called before the source connects.
+ */
+void fault_proxy_set_destination(FaultProxy *p, const char *uri);
+
+/**
+ * fault_proxy_set_delay: have all that is sent arrive later
+ *
+ * @p: the proxy
+ * @ms: for how long it is under way, in milliseconds
+ *
+ * To be called before the source connects.
+ */
+void fault_proxy_set_delay(FaultProxy *p, unsigned ms);
 
 /**
  * fault_proxy_trap: choose the point at which the proxy interferes
@@ -171,6 +189,22 @@ void fault_proxy_repeat_requests(FaultProxy *p);
  * @withhold: whether this happens to the connections behind the main channel
  */
 void fault_proxy_withhold(FaultProxy *p, bool withhold);
+
+/**
+ * fault_proxy_wait_withheld: wait until a connection is withheld
+ *
+ * @p: the proxy
+ *
+ * Aborts the test if that takes more than 45 seconds.
+ */
+void fault_proxy_wait_withheld(FaultProxy *p);
+
+/**
+ * fault_proxy_end_withheld: end the connection that is withheld
+ *
+ * @p: the proxy, after fault_proxy_wait_withheld()
+ */
+void fault_proxy_end_withheld(FaultProxy *p);
 
 /**
  * fault_proxy_insert: have the source hear what the destination has not said

@@ -60,11 +60,19 @@
 #define RINGS_START     X86_TEST_MEM_END
 
 #define HUGETLBFS_OPTS \
-    "-object memory-backend-memfd,id=pc.ram,size=%s,hugetlb=on,hugetlbsize=2M " \
-    "-machine memory-backend=pc.ram"
-#define BITMAP_OPTS "-blockdev null-co,node-name=node0,size=1099511627776"
+    " -object memory-backend-memfd,id=huge,size=150M,hugetlb=on,hugetlbsize=2M" \
+    " -machine memory-backend=huge"
+#define SHARED_OPTS \
+    " -object memory-backend-file,id=file,size=150M,mem-path=/dev/shm" \
+    ",share=on -machine memory-backend=file"
+#define OLD_MACHINE_OPTS \
+    " -global migration.multifd-flush-after-each-section=on" \
+    " -global migration.x-preempt-pre-7-2=on"
+/* Some machines have no other node that is active or not */
+#define NODE_OPTS "-blockdev null-co,node-name=node0,size=1099511627776"
 #define XHCI_OPTS "-device qemu-xhci -device usb-kbd"
 #define VMGENID_OPTS "-device vmgenid"
+#define NIC_OPTS "-nic hubport,hubid=0"
 #define IOMMU_OPTS \
     "-device intel-iommu,intremap=off " VIRTIO_OPTS \
     ",iommu_platform=on,disable-legacy=on"
@@ -77,6 +85,9 @@
  * seconds on an idle host.
  */
 #define STEP_SECONDS    60
+
+/* One way over the link with a delay */
+#define DELAY_MS        10
 
 typedef struct Side {
     const char *name;
@@ -98,6 +109,8 @@ typedef struct DeviceTest {
     Side src;
     Side dst;
     FaultProxy *proxy;
+    /* Where the destination listens */
+    char *uri;
     /* So many queues of the virtio-blk device are in use */
     unsigned queues_started;
     void *tls_data;
@@ -107,6 +120,10 @@ typedef struct DeviceTest {
     StreamPoint at;
     /* Use postcopy-preempt */
     bool preempt;
+    /* Use multifd, which can be combined with postcopy since QEMU 10.1 */
+    bool multifd;
+    /* What machine types up to 7.2 have other defaults for */
+    bool old_machine;
     /* The guest is paused before it is migrated */
     bool paused;
     /* The guest suspends itself before it is migrated (x86 only) */
@@ -131,6 +148,8 @@ typedef struct DeviceTest {
     bool virtio;
     /* Guest memory has pages of 2 MiB; skipped if the host has not enough */
     bool hugetlbfs;
+    /* It is in a file that others could map as well */
+    bool shared;
     /* A disk in a file, which whoever runs the guest locks */
     bool disk;
     /* It is behind an IOMMU, which translates (x86 only) */
@@ -141,6 +160,8 @@ typedef struct DeviceTest {
     bool xhci;
     /* The same with a VM generation ID (x86 only) */
     bool vmgenid;
+    /* The same with the vAPIC (x86 only) */
+    bool vapic;
     /* The virtio-blk device has another number of queues on the destination */
     bool virtio_mismatch;
     /* The destination does not know that it is to wait for START */
@@ -157,14 +178,20 @@ typedef struct DeviceTest {
     bool late_activate;
     /* Both sides take out-of-band commands, as migrate-recover needs */
     bool oob;
+    /* No limit to the bandwidth, neither in precopy nor in postcopy */
+    bool full_speed;
+    /* A TCP link with a delay */
+    bool tcp;
     /* The link is encrypted, so the proxy cannot read it: no trap works */
     bool tls;
     /* Processes carry the stream, so shutdown(2) does not work, nor a trap */
     bool exec;
+    /* The source throttles its CPUs before the switchover */
+    bool throttle;
     /*
      * What the source has to do in this order, checked when it has ended: its
      * statuses, "notify" and the type of a notification, "running" when the
-     * guest starts.  NULL at the end.
+     * guest starts, "announce" when it is announced.  NULL at the end.
      */
     const char *const *log;
 } DeviceTest;
@@ -203,9 +230,9 @@ static char *tmp_path(const char *name)
     return g_strdup_printf("%s/%s", migration_get_env()->tmpfs, name);
 }
 
-static char *dst_uri(void)
+static char *tmp_uri(const char *name)
 {
-    return g_strdup_printf("unix:%s/migsocket", migration_get_env()->tmpfs);
+    return g_strdup_printf("unix:%s/%s", migration_get_env()->tmpfs, name);
 }
 
 /*** Events ***/
@@ -320,6 +347,7 @@ static bool disks_active(Side *side)
 
     rsp = qtest_qmp(side->qts, "{ 'execute': 'query-named-block-nodes' }");
     node = qobject_to(QDict, qlist_peek(qdict_get_qlist(rsp, "return")));
+    g_assert(node);
     active = qdict_get_bool(node, "active");
     qobject_unref(rsp);
     return active;
@@ -351,6 +379,17 @@ static bool shows_downtime(Side *side)
     step("query-migrate on the %s", side->name);
     rsp = migrate_query(side->qts);
     ret = qdict_haskey(rsp, "downtime");
+    qobject_unref(rsp);
+    return ret;
+}
+
+static bool throttled(Side *side)
+{
+    bool ret;
+    QDict *rsp;
+
+    rsp = migrate_query(side->qts);
+    ret = qdict_haskey(rsp, "cpu-throttle-percentage");
     qobject_unref(rsp);
     return ret;
 }
@@ -439,8 +478,12 @@ static char *log_opts(void)
 {
     g_autofree char *path = tmp_path("src_log");
 
-    return g_strdup_printf("-D %s -trace migrate_set_state "
+    /* With the time comes the thread */
+    return g_strdup_printf("-D %s -msg timestamp=on -trace migrate_set_state "
                            "-trace migration_call_notifiers "
+                           "-trace postcopy_start "
+                           "-trace postcopy_device_drained "
+                           "-trace qemu_announce_self_iter "
                            "-trace runstate_set", path);
 }
 
@@ -460,7 +503,39 @@ static char *log_parse_line(const char *line)
     if (strstr(line, "runstate_set ") && g_str_has_suffix(line, "(running)")) {
         return g_strdup("running");
     }
+    if (strstr(line, "qemu_announce_self_iter ")) {
+        return g_strdup("announce");
+    }
     return NULL;
+}
+
+/* There is no event for either: a thread logs this, and waits for something. */
+static void wait_log_and_sleep(Side *side, const char *what)
+{
+    g_autofree char *path = tmp_path("src_log");
+    g_autofree char *text = NULL;
+    g_autofree char *stat_path = NULL;
+    const char *line;
+
+    step("waiting for the source to log '%s'", what);
+    do {
+        g_usleep(1000);
+        g_free(text);
+        g_assert(g_file_get_contents(path, &text, NULL, NULL));
+        line = strstr(text, what);
+    } while (!line);
+    while (line > text && line[-1] != '\n') {
+        line--;
+    }
+
+    step("waiting for that thread of the source to wait");
+    stat_path = g_strdup_printf("/proc/%d/task/%d/stat",
+                                (int)qtest_pid(side->qts), atoi(line));
+    do {
+        g_usleep(1000);
+        g_free(text);
+        g_assert(g_file_get_contents(stat_path, &text, NULL, NULL));
+    } while (!strstr(text, ") S "));
 }
 
 static void check_log(const char *const *log)
@@ -468,19 +543,29 @@ static void check_log(const char *const *log)
     g_autofree char *path = tmp_path("src_log");
     g_autofree char *text = NULL;
     g_auto(GStrv) lines = NULL;
+    const char *last = "";
+    int device_tid = 0;
 
     step("reading the log of the source");
     g_assert(g_file_get_contents(path, &text, NULL, NULL));
     lines = g_strsplit(text, "\n", -1);
     for (int i = 0; lines[i]; i++) {
         g_autofree char *seen = log_parse_line(lines[i]);
+        int tid = atoi(lines[i]);
 
         if (!seen) {
             continue;
         }
         g_test_message("the source: %s", seen);
         g_assert_cmpstr(seen, ==, *log);
-        log++;
+        if (g_str_equal(seen, "device")) {
+            device_tid = tid;
+        } else if (g_str_equal(seen, "postcopy-device") ||
+                   g_str_equal(last, "postcopy-device")) {
+            /* No other thread begins or ends the phase */
+            g_assert_cmpint(tid, ==, device_tid);
+        }
+        last = *log++;
     }
     g_assert_cmpstr(*log, ==, NULL);
     unlink(path);
@@ -525,6 +610,54 @@ static void dirty_queues(DeviceTest *t)
 {
     qtest_memset(t->src.qts, RINGS_START, 0,
                  t->queues * RING_PAGES * VIRTIO_PCI_VRING_ALIGN);
+}
+
+/* The option ROM of the vAPIC, see pc-bios/optionrom/kvmvapic.S */
+#define VAPIC_SIGNATURE     "kvm aPiC"
+#define OPTION_ROMS_START   0xc0000
+#define OPTION_ROMS_END     0xf0000
+#define OPTION_ROM_ALIGN    (2 * KiB)
+
+/* See include/hw/pci-host/q35.h */
+#define MCH_PAM             0x90
+#define MCH_PAM_SIZE        7
+#define MCH_PAM_RAM         0x33
+
+static bool dirty_vapic_rom(QTestState *src)
+{
+    uint8_t rom[OPTION_ROM_ALIGN];
+
+    for (uint64_t addr = OPTION_ROMS_START; addr < OPTION_ROMS_END;
+         addr += sizeof(rom)) {
+        qtest_memread(src, addr, rom, sizeof(rom));
+        if (memmem(rom, sizeof(rom), VAPIC_SIGNATURE,
+                   strlen(VAPIC_SIGNATURE))) {
+            qtest_writeb(src, addr, rom[0]);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The firmware has protected it from writes. */
+static void dirty_vapic(DeviceTest *t)
+{
+    QPCIBus *bus = qpci_new_pc(t->src.qts, NULL);
+    QPCIDevice *mch = qpci_device_find(bus, QPCI_DEVFN(0, 0));
+    uint8_t pam[MCH_PAM_SIZE];
+    bool found;
+
+    for (int i = 0; i < MCH_PAM_SIZE; i++) {
+        pam[i] = qpci_config_readb(mch, MCH_PAM + i);
+        qpci_config_writeb(mch, MCH_PAM + i, MCH_PAM_RAM);
+    }
+    found = dirty_vapic_rom(t->src.qts);
+    for (int i = 0; i < MCH_PAM_SIZE; i++) {
+        qpci_config_writeb(mch, MCH_PAM + i, pam[i]);
+    }
+    g_assert(found);
+    g_free(mch);
+    qpci_free_pc(bus);
 }
 
 /*** Processes that carry the stream ***/
@@ -616,7 +749,7 @@ static char *disk_opts(void)
     g_autofree char *path = tmp_path("disk");
 
     g_assert(g_file_set_contents(path, path, -1, NULL));
-    return g_strdup_printf("-blockdev file,node-name=file0,filename=%s "
+    return g_strdup_printf(" -blockdev file,node-name=file0,filename=%s "
                            "-device virtio-blk-pci,drive=file0", path);
 }
 
@@ -627,10 +760,18 @@ static bool has_bitmap(DeviceTest *t)
     return t->no_ram_left || t->bitmap_only;
 }
 
+/* Bitmaps alone have it since QEMU 10.2, where there is a return path */
+static bool has_phase(const DeviceTest *t)
+{
+    return !t->bitmap_only || (t->return_path &&
+           (QEMU_VERSION_MAJOR > 10 || QEMU_VERSION_MINOR >= 2));
+}
+
 static void set_capabilities(DeviceTest *t, QTestState *qts)
 {
     migrate_set_capability(qts, "postcopy-ram", !t->bitmap_only);
     migrate_set_capability(qts, "postcopy-preempt", t->preempt);
+    migrate_set_capability(qts, "multifd", t->multifd);
     migrate_set_capability(qts, "dirty-bitmaps", has_bitmap(t));
     migrate_set_capability(qts, "late-block-activate", t->late_activate);
     migrate_set_capability(qts, "return-path", t->return_path);
@@ -647,8 +788,18 @@ static void set_parameters(DeviceTest *t, QTestState *qts)
 {
     int64_t bandwidth, granularity;
 
+    if (t->full_speed) {
+        migrate_set_parameter_int(qts, "max-bandwidth", 0);
+        migrate_set_parameter_int(qts, "downtime-limit", 0);
+        return;
+    }
+
     if (!has_bitmap(t)) {
         migrate_ensure_non_converge(qts);
+        if (t->throttle) {
+            /* All of the memory in a second, and it is dirty again */
+            migrate_set_parameter_int(qts, "max-bandwidth", 100 * 1000 * 1000);
+        }
         /* If the RAM is sent, then not before the test is over */
         migrate_set_parameter_int(qts, "max-postcopy-bandwidth", 4096);
         return;
@@ -678,7 +829,9 @@ static void set_parameters(DeviceTest *t, QTestState *qts)
 static void device_test_migrate(DeviceTest *t, QTestState *dst)
 {
     QTestState *src = t->src.qts;
-    g_autofree char *uri = t->exec ? exec_uri("back", "forth") : dst_uri();
+    g_autofree char *uri = t->exec ? exec_uri("back", "forth") :
+                           t->tcp ? g_strdup("tcp:127.0.0.1:0") :
+                           tmp_uri("migsocket");
     g_autofree char *src_uri = t->exec ? exec_uri("forth", "back") :
                                g_strdup(fault_proxy_uri(t->proxy));
 
@@ -686,9 +839,15 @@ static void device_test_migrate(DeviceTest *t, QTestState *dst)
     set_capabilities(t, src);
     set_capabilities(t, dst);
     migrate_set_capability(src, "release-ram", t->release_ram);
+    migrate_set_capability(src, "auto-converge", t->throttle);
     migrate_incoming_qmp(dst, uri, NULL, "{ 'exit-on-error': %i }",
                          !t->no_exit);
     side_init(&t->dst, "destination", dst);
+    if (!t->exec) {
+        g_free(t->uri);
+        t->uri = migrate_get_connect_uri(dst);
+        fault_proxy_set_destination(t->proxy, t->uri);
+    }
 
     migrate_prepare_for_dirty_mem(src);
     if (t->no_hold) {
@@ -714,20 +873,23 @@ static void device_test_migrate(DeviceTest *t, QTestState *dst)
 
 static bool device_test_start(DeviceTest *t, bool hide_stderr)
 {
-    const char *opts = has_bitmap(t) ? BITMAP_OPTS :
-                       t->iommu ? IOMMU_OPTS :
+    const char *opts = t->iommu ? IOMMU_OPTS :
                        t->virtio ? VIRTIO_OPTS :
                        t->xhci ? XHCI_OPTS :
-                       t->vmgenid ? VMGENID_OPTS : "";
+                       t->vmgenid ? VMGENID_OPTS :
+                       t->log ? NIC_OPTS " " NODE_OPTS : NODE_OPTS;
     g_autofree char *log = t->log ? log_opts() : NULL;
     g_autofree char *disk = t->disk ? disk_opts() : g_strdup("");
     g_autofree char *queues = t->queues ?
             g_strdup_printf(",num-queues=%u", t->queues) : g_strdup("");
-    g_autofree char *src_opts = g_strconcat(opts, queues, disk, " ", log,
+    const char *more = t->hugetlbfs ? HUGETLBFS_OPTS :
+                       t->shared ? SHARED_OPTS :
+                       t->old_machine ? OLD_MACHINE_OPTS : "";
+    g_autofree char *src_opts = g_strconcat(opts, queues, disk, more, " ", log,
                                             NULL);
     g_autofree char *dst_opts = g_strconcat(opts, queues, disk,
                                             t->virtio_mismatch ?
-                                            ",num-queues=2" : "",
+                                            ",num-queues=2" : "", more,
                                             t->wait_for_cont ? " -S" : "",
                                             NULL);
     MigrateStart args = {
@@ -736,10 +898,10 @@ static bool device_test_start(DeviceTest *t, bool hide_stderr)
         .oob = t->oob,
         .opts_source = src_opts,
         .opts_target = dst_opts,
-        .memory_backend = t->hugetlbfs ? HUGETLBFS_OPTS : NULL,
     };
     struct sigaction timeout = { .sa_handler = step_timeout };
-    g_autofree char *dst_path = tmp_path("migsocket");
+    g_autofree char *uri = t->tcp ? g_strdup("tcp:127.0.0.1:0") :
+                           tmp_uri("faultproxy");
     QTestState *src, *dst;
 
     t->paused |= t->no_ram_left;
@@ -751,9 +913,13 @@ static bool device_test_start(DeviceTest *t, bool hide_stderr)
         return false;
     }
 
-    t->proxy = fault_proxy_new(migration_get_env()->tmpfs, dst_path);
+    t->proxy = fault_proxy_new(uri);
+    fault_proxy_set_delay(t->proxy, t->tcp ? DELAY_MS : 0);
 
     set_parameters(t, src);
+    if (t->log) {
+        migrate_set_parameter_int(src, "announce-rounds", 1);
+    }
 #ifdef CONFIG_GNUTLS
     if (t->tls) {
         t->tls_data = migrate_hook_start_tls_psk_match(src, dst);
@@ -791,7 +957,7 @@ static void request_postcopy(DeviceTest *t)
 static void expect_switchover(DeviceTest *t)
 {
     expect_statuses(&t->src, "device", NULL);
-    if (!t->bitmap_only) {
+    if (has_phase(t)) {
         expect_statuses(&t->src, "postcopy-device", NULL);
     }
 }
@@ -851,6 +1017,21 @@ static void cont(Side *side)
 {
     step("cont on the %s", side->name);
     qtest_qmp_assert_success(side->qts, "{ 'execute': 'cont' }");
+}
+
+/* It must say what is left to do. */
+static void expect_cancel_refused(DeviceTest *t, const char *what)
+{
+    const char *desc;
+    QDict *error;
+
+    step("cancelling");
+    error = qtest_qmp_assert_failure_ref(t->src.qts,
+                                         "{ 'execute': 'migrate_cancel' }");
+    desc = qdict_get_str(error, "desc");
+    g_test_message("source: %s", desc);
+    g_assert(strstr(desc, what));
+    qobject_unref(error);
 }
 
 static void cancel(DeviceTest *t)
@@ -993,6 +1174,7 @@ static void device_test_quit(DeviceTest *t, bool check_dst)
     }
     g_queue_clear_full(&t->src.statuses, g_free);
     g_queue_clear_full(&t->dst.statuses, g_free);
+    g_free(t->uri);
     alarm(0);
 }
 
@@ -1008,6 +1190,7 @@ static void end_on_destination(DeviceTest *t)
 static void end_on_source(DeviceTest *t)
 {
     step("checking the guest on the source");
+    g_assert(migrate_has_marker(t->src.qts));
     migrate_check_guest(t->src.qts);
     device_test_quit(t, false);
 }
@@ -1037,6 +1220,7 @@ static void run_success(DeviceTest *t)
 {
     hold_pong(t);
     complete(t);
+    g_assert(migrate_has_marker(t->src.qts) != t->release_ram);
     end_on_destination(t);
 }
 
@@ -1048,6 +1232,9 @@ static void run_bitmap_only(DeviceTest *t)
 {
     start_postcopy(t);
     expect_statuses(&t->src, "postcopy-active", "completed", NULL);
+    if (has_phase(t)) {
+        expect_statuses(&t->dst, "postcopy-device", NULL);
+    }
     expect_statuses(&t->dst, "postcopy-active", "completed", NULL);
     expect_resume(&t->dst);
     check_bitmap(&t->dst);
@@ -1173,6 +1360,9 @@ static void run_ahead(DeviceTest *t)
     if (t->queues) {
         dirty_queues(t);
     }
+    if (t->vapic) {
+        dirty_vapic(t);
+    }
     postcopy_until_loaded(t);
     g_test_message("%u requests", fault_proxy_requests(t->proxy));
     if (t->iommu) {
@@ -1250,14 +1440,23 @@ static void run_cut(DeviceTest *t)
 
 /*
  * The source cannot tell whether the destination has loaded everything, so it
- * takes the guest back.  What the destination does depends on whether it has;
- * it must answer in any case.
+ * takes the guest back.  Whether the destination has or not, it does not run
+ * the guest.
  */
 static void run_cut_behind_package(DeviceTest *t)
 {
+    Side *dst = &t->dst;
+
     cut_link(t);
-    step("query-migrate on the destination");
-    qobject_unref(migrate_query(t->dst.qts));
+    step("waiting for the destination to notice");
+    while (g_queue_get_length(&dst->statuses) < 2) {
+        side_wait_event(dst);
+    }
+    if (g_str_equal(g_queue_peek_nth(&dst->statuses, 1), "failed")) {
+        expect_destination_fails(t, NULL);
+    } else {
+        expect_destination_in_doubt(t);
+    }
     end_on_source(t);
 }
 
@@ -1399,10 +1598,8 @@ static void run_cut_before_pong(DeviceTest *t)
 
 static void start_recovery(DeviceTest *t)
 {
-    g_autofree char *uri = dst_uri();
-
     step("recovering");
-    migrate_recover(t->dst.qts, uri);
+    migrate_recover(t->dst.qts, t->uri);
     migrate_qmp(t->src.qts, t->dst.qts, fault_proxy_uri(t->proxy), NULL,
                 "{ 'resume': true }");
     expect_statuses(&t->src, "postcopy-recover-setup", "postcopy-recover",
@@ -1417,6 +1614,22 @@ static void recover(DeviceTest *t)
     expect_statuses(&t->dst, "postcopy-device", NULL);
 }
 
+/* What the destination is sent before it may start must not be dropped. */
+static void run_requested_cut(DeviceTest *t)
+{
+    fault_proxy_swallow_pong(t->proxy, PING_LOADED);
+    start_postcopy(t);
+    step("waiting for the destination to load the device state");
+    fault_proxy_wait(t->proxy);
+    get_stuck(t, FAULT_PROXY_FORWARD);
+    get_unstuck(t);
+
+    fault_proxy_cut(t->proxy);
+    expect_source_resumes(t);
+    expect_destination_in_doubt(t);
+    end_on_source(t);
+}
+
 /* START is on its way, but does not arrive. */
 static void cut_before_start(DeviceTest *t)
 {
@@ -1424,6 +1637,8 @@ static void cut_before_start(DeviceTest *t)
     expect_statuses(&t->src, "postcopy-paused", NULL);
     expect_statuses(&t->dst, "postcopy-paused", NULL);
     expect_destination_waits(t);
+    /* The source has let go of the guest for good */
+    expect_cancel_refused(t, "the destination has the guest");
     check_not_resumed(&t->src, NULL);
     g_assert_false(shows_downtime(&t->src));
 }
@@ -1479,6 +1694,8 @@ static void run_withheld_recover(DeviceTest *t)
 
     fault_proxy_withhold(t->proxy, true);
     start_recovery(t);
+    step("waiting for the second connection");
+    fault_proxy_wait_withheld(t->proxy);
     check_qmp_answers(&t->src);
     check_qmp_answers(&t->dst);
     fault_proxy_withhold(t->proxy, false);
@@ -1524,9 +1741,6 @@ static void run_pause_prepared(DeviceTest *t)
  */
 static void run_in_doubt_no_hold(DeviceTest *t)
 {
-    const char *desc;
-    QDict *error;
-
     postcopy_until_loaded(t);
     expect_statuses(&t->dst, "postcopy-device", "postcopy-active", NULL);
     expect_resume(&t->dst);
@@ -1537,13 +1751,7 @@ static void run_in_doubt_no_hold(DeviceTest *t)
 
     step("killing the destination");
     qtest_crash_qemu(t->dst.qts);
-    step("cancelling");
-    error = qtest_qmp_assert_failure_ref(t->src.qts,
-                                         "{ 'execute': 'migrate_cancel' }");
-    desc = qdict_get_str(error, "desc");
-    g_test_message("source: %s", desc);
-    g_assert(strstr(desc, "boot the guest from its disks"));
-    qobject_unref(error);
+    expect_cancel_refused(t, "boot the guest from its disks");
     check_migration_status(&t->src, "postcopy-paused");
     check_not_resumed(&t->src, "finish-migrate");
     device_test_quit(t, false);
@@ -1572,6 +1780,25 @@ static void run_cancel_active(DeviceTest *t)
     end_never_stopped(t);
 }
 
+/* All channels are full, and the destination neither reads nor closes them. */
+static void run_cancel_stalled(DeviceTest *t)
+{
+    int64_t sent, now = 0;
+
+    kill(qtest_pid(t->dst.qts), SIGSTOP);
+    fault_proxy_set_mode(t->proxy, FAULT_PROXY_STALL, FAULT_PROXY_STALL);
+    step("waiting for the channels to be full");
+    do {
+        sent = now;
+        g_usleep(500 * 1000);
+        now = read_ram_property_int(t->src.qts, "transferred");
+    } while (now != sent);
+    cancel(t);
+    kill(qtest_pid(t->dst.qts), SIGCONT);
+    fault_proxy_cut(t->proxy);
+    end_never_stopped(t);
+}
+
 /* The destination is frozen; when it thaws it must not run the guest. */
 static void run_cancel_frozen(DeviceTest *t)
 {
@@ -1596,9 +1823,6 @@ static void run_cancel_before_pong(DeviceTest *t)
 /* Nothing but the end of the processes would break the link. */
 static void run_cancel_exec(DeviceTest *t)
 {
-    const char *desc;
-    QDict *error;
-
     request_postcopy(t);
     expect_statuses(&t->src, "pre-switchover", NULL);
     step("freezing the destination");
@@ -1606,13 +1830,7 @@ static void run_cancel_exec(DeviceTest *t)
     migrate_continue(t->src.qts, "pre-switchover");
     expect_switchover(t);
 
-    step("cancelling");
-    error = qtest_qmp_assert_failure_ref(t->src.qts,
-                                         "{ 'execute': 'migrate_cancel' }");
-    desc = qdict_get_str(error, "desc");
-    g_test_message("source: %s", desc);
-    g_assert(strstr(desc, "end the process that carries it"));
-    qobject_unref(error);
+    expect_cancel_refused(t, "end the process that carries it");
     check_qmp_answers(&t->src);
 
     step("ending the processes that carry the stream");
@@ -1636,33 +1854,54 @@ static void run_cancel_exec_drain(DeviceTest *t)
     step("freezing what carries the answers");
     kill(first_child(first_child(qtest_pid(t->src.qts))), SIGSTOP);
     request_postcopy(t);
-    /* Nothing tells that the source waits; it does when the guest has been on */
-    migrate_wait_for_dirty_mem(t->src.qts, t->src.qts);
+    wait_log_and_sleep(&t->src, "postcopy_start ");
     cancel(t);
     end_never_stopped(t);
+}
+
+static void expect_cancel_no_hold_refused(DeviceTest *t)
+{
+    expect_cancel_refused(t, "stop it");
+    check_migration_status(&t->src, "postcopy-device");
+    check_runstate(&t->src, "finish-migrate");
 }
 
 /* The guest may run there already, so it must not be given back. */
 static void run_cancel_no_hold(DeviceTest *t)
 {
-    const char *desc;
-    QDict *error;
-
     hold_pong(t);
     expect_statuses(&t->dst, "postcopy-active", NULL);
     expect_resume(&t->dst);
-
-    step("cancelling");
-    error = qtest_qmp_assert_failure_ref(t->src.qts,
-                                         "{ 'execute': 'migrate_cancel' }");
-    desc = qdict_get_str(error, "desc");
-    g_test_message("source: %s", desc);
-    g_assert(strstr(desc, "stop it"));
-    qobject_unref(error);
-    check_migration_status(&t->src, "postcopy-device");
-    check_runstate(&t->src, "finish-migrate");
+    expect_cancel_no_hold_refused(t);
 
     fault_proxy_set_mode(t->proxy, FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    expect_statuses(&t->src, "postcopy-active", NULL);
+    expect_completed(t);
+    end_on_destination(t);
+}
+
+/*
+ * The source asks again, so that such a destination has something to read; if
+ * it understands that now, it is too late to begin with it.
+ */
+static void run_ask_again(DeviceTest *t)
+{
+    static const char loaded[] = RP_PONG "\0\0\0\x42";
+
+    fault_proxy_swallow_pong(t->proxy, PING_LOADED);
+    start_postcopy(t);
+    step("waiting for the destination to load the device state");
+    fault_proxy_wait(t->proxy);
+    expect_statuses(&t->dst, "postcopy-device", "postcopy-active", NULL);
+    expect_resume(&t->dst);
+
+    fault_proxy_trap(t->proxy, FAULT_PROXY_BEHIND_PONG, PING_HOLD,
+                     FAULT_PROXY_FORWARD, FAULT_PROXY_FORWARD);
+    step("waiting for the source to ask again");
+    fault_proxy_wait(t->proxy);
+    expect_cancel_no_hold_refused(t);
+
+    fault_proxy_insert(t->proxy, loaded, sizeof(loaded) - 1);
     expect_statuses(&t->src, "postcopy-active", NULL);
     expect_completed(t);
     end_on_destination(t);
@@ -1678,12 +1917,13 @@ static const char *const log_success[] = {
 };
 
 static const char *const log_cut[] = {
-    "running", LOG_SWITCHOVER, "failed", NOTIFY_FAILED, "running", NULL
+    "running", LOG_SWITCHOVER, "failed", NOTIFY_FAILED, "running", "announce",
+    NULL
 };
 
 static const char *const log_cancel[] = {
     "running", LOG_SWITCHOVER, "cancelling", NOTIFY_FAILED, "running",
-    "cancelled", NULL
+    "announce", "cancelled", NULL
 };
 
 static const char *const log_recover[] = {
@@ -1693,8 +1933,19 @@ static const char *const log_recover[] = {
 };
 
 static const char *const log_retry[] = {
-    "running", LOG_SWITCHOVER, "failed", NOTIFY_FAILED, "running",
+    "running", LOG_SWITCHOVER, "failed", NOTIFY_FAILED, "running", "announce",
     LOG_SWITCHOVER, "postcopy-active", NOTIFY_DONE, "completed", NULL
+};
+
+
+/* The guest is never stopped in these two */
+static const char *const log_cancel_drain[] = {
+    "running", "setup", NOTIFY_SETUP, "active", "cancelling", NOTIFY_FAILED,
+    "cancelled", NULL
+};
+
+static const char *const log_preempt_lost[] = {
+    "running", "setup", NOTIFY_SETUP, "active", "failed", NOTIFY_FAILED, NULL
 };
 
 /*** The source quits ***/
@@ -1782,6 +2033,20 @@ static void run_tls_yank(DeviceTest *t)
     end_on_source(t);
 }
 
+/* The second connection breaks in its handshake. */
+static void run_tls_preempt_lost(DeviceTest *t)
+{
+    fault_proxy_withhold(t->proxy, true);
+    request_postcopy(t);
+    step("waiting for the second connection");
+    fault_proxy_wait_withheld(t->proxy);
+    wait_log_and_sleep(&t->src, "postcopy_device_drained ");
+    fault_proxy_end_withheld(t->proxy);
+    expect_statuses(&t->src, "failed", NULL);
+    check_error_desc(&t->src, NULL);
+    end_never_stopped(t);
+}
+
 /*** The next migration ***/
 
 static void run_retry(DeviceTest *t)
@@ -1789,6 +2054,12 @@ static void run_retry(DeviceTest *t)
     MigrateStart args = { .only_target = true };
     QTestState *dst;
 
+    if (t->throttle) {
+        step("waiting for the source to throttle its CPUs");
+        while (!throttled(&t->src)) {
+            g_usleep(1000);
+        }
+    }
     cut_link(t);
     expect_destination_fails(t, NULL);
 
@@ -1796,7 +2067,10 @@ static void run_retry(DeviceTest *t)
     qtest_quit(t->dst.qts);
     g_queue_clear_full(&t->dst.statuses, g_free);
     migrate_start(&t->src.qts, &dst, "defer", &args);
+    /* It is not to do the same again */
+    t->throttle = false;
     device_test_migrate(t, dst);
+    g_assert_false(throttled(&t->src));
     run_success(t);
 }
 
@@ -1842,8 +2116,10 @@ static void run_retry_at_once(DeviceTest *t)
         fault_proxy_cut(t->proxy);
         close(conn);
         expect_statuses(&t->src, "failed", NULL);
-        /* What has to be undone must not be forgotten by this */
-        migrate_set_capability(t->src.qts, "auto-converge", i % 2);
+        if (i % 2) {
+            /* What has to be undone must not be forgotten by this */
+            migrate_set_capability(t->src.qts, "auto-converge", i % 4 == 1);
+        }
     }
     close(fd);
 
@@ -1872,8 +2148,18 @@ static const TestCase tests[] = {
     { "preempt/plain", run_success, CLEAN, { .preempt = true } },
     { "no-ram-left", run_success, CLEAN, { .no_ram_left = true } },
     { "release-ram/plain", run_success, CLEAN, { .release_ram = true } },
+    { "release-ram/no-ram-left", run_success, CLEAN,
+      { .release_ram = true, .no_ram_left = true } },
     { "bitmap-only/plain", run_bitmap_only, CLEAN, { .bitmap_only = true } },
     { "bitmap-only/return-path", run_bitmap_only, CLEAN,
+      { .bitmap_only = true, .return_path = true } },
+    { "bitmap-only/cut", run_cut, 0,
+      { .at = IN_PACKAGE, .bitmap_only = true, .return_path = true } },
+    { "bitmap-only/load-error", run_load_error, 0,
+      { .at = BEHIND_PACKAGE, .bitmap_only = true, .return_path = true } },
+    { "bitmap-only/kill", run_kill, 0,
+      { .at = PACKAGE_END, .bitmap_only = true, .return_path = true } },
+    { "bitmap-only/cancel", run_cancel_no_hold, CLEAN,
       { .bitmap_only = true, .return_path = true } },
     { "late-activate/plain", run_late_activate, CLEAN,
       { .late_activate = true } },
@@ -1898,6 +2184,7 @@ static const TestCase tests[] = {
     { "ahead/queues", run_ahead, CLEAN, { .virtio = true, .queues = 512 } },
     { "ahead/xhci", run_ahead, CLEAN, { .xhci = true } },
     { "ahead/vmgenid", run_ahead, CLEAN, { .vmgenid = true } },
+    { "ahead/vapic", run_ahead, CLEAN, { .vapic = true } },
     { "ahead/preempt", run_ahead, CLEAN, { .virtio = true, .preempt = true } },
     { "ahead/no-hold", run_ahead, CLEAN, { .virtio = true, .no_hold = true } },
     { "ahead/hugetlbfs", run_ahead, CLEAN,
@@ -1979,6 +2266,7 @@ static const TestCase tests[] = {
     /* All of the RAM was sent, and none of it may have been dropped */
     { "release-ram/cut", run_cut_before_pong, 0,
       { .at = BEFORE_PONG, .release_ram = true, .no_ram_left = true } },
+    { "release-ram/requested", run_requested_cut, 0, { .release_ram = true } },
     { "cut/behind-pong/plain", run_cut_behind_pong, 0,
       { .at = BEHIND_PONG, .oob = true } },
     { "cut/behind-pong/twice", run_cut_behind_pong, 0,
@@ -1999,14 +2287,17 @@ static const TestCase tests[] = {
 
     /* The user cancels the migration */
     { "cancel/active", run_cancel_active },
+    { "cancel/stalled", run_cancel_stalled },
     { "cancel/frozen/plain", run_cancel_frozen },
     { "cancel/frozen/paused", run_cancel_frozen, 0, { .paused = true } },
     { "cancel/before-pong", run_cancel_before_pong },
     { "preempt/cancel", run_cancel_before_pong, 0, { .preempt = true } },
     { "cancel/exec/plain", run_cancel_exec, 0, { .exec = true } },
-    { "cancel/exec/drain", run_cancel_exec_drain, 0, { .exec = true } },
+    { "cancel/exec/drain", run_cancel_exec_drain, 0,
+      { .exec = true, .log = log_cancel_drain } },
     { "cancel/exec/active", run_cancel_active, 0, { .exec = true } },
     { "cancel/no-hold", run_cancel_no_hold, CLEAN, { .no_hold = true } },
+    { "cancel/ask-again", run_ask_again, CLEAN, { .no_hold = true } },
 
     /* Notifications */
     { "notify/success", run_success, CLEAN, { .log = log_success } },
@@ -2026,10 +2317,89 @@ static const TestCase tests[] = {
     { "tls/cut/package", run_tls_cut_package, 0, { .tls = true } },
     { "tls/cut/pong", run_tls_cut_pong, 0, { .tls = true } },
     { "tls/yank", run_tls_yank, 0, { .tls = true } },
+    { "tls/preempt-lost", run_tls_preempt_lost, 0,
+      { .tls = true, .preempt = true, .log = log_preempt_lost } },
+
+    /* Other memory */
+    { "shared/plain", run_success, CLEAN,
+      { .shared = true, .release_ram = true, .no_ram_left = true } },
+    { "shared/cut", run_cut_before_pong, 0,
+      { .at = BEFORE_PONG, .shared = true, .release_ram = true,
+        .no_ram_left = true } },
+    { "hugetlbfs/plain", run_success, CLEAN, { .hugetlbfs = true } },
+    { "hugetlbfs/cut", run_cut, 0, { .at = IN_PACKAGE, .hugetlbfs = true } },
+
+    /* No limit but the link, which here has a delay */
+    { "full-speed/plain", run_success, CLEAN, { .full_speed = true } },
+    { "full-speed/cut", run_cut, 0, { .at = IN_PACKAGE, .full_speed = true } },
+    { "full-speed/tcp/plain", run_success, CLEAN,
+      { .full_speed = true, .tcp = true } },
+    { "full-speed/tcp/preempt", run_success, CLEAN,
+      { .full_speed = true, .tcp = true, .preempt = true } },
+    { "full-speed/tcp/cut", run_cut_before_pong, 0,
+      { .at = BEFORE_PONG, .full_speed = true, .tcp = true } },
+    { "full-speed/tcp/kill", run_kill, 0,
+      { .at = PACKAGE_END, .full_speed = true, .tcp = true } },
+    { "full-speed/tcp/load-error", run_load_error, 0,
+      { .at = BEHIND_PACKAGE, .full_speed = true, .tcp = true } },
+    { "full-speed/tcp/recover", run_cut_behind_pong, 0,
+      { .at = BEHIND_PONG, .full_speed = true, .tcp = true, .oob = true } },
+
+    /* Channels for pages of precopy */
+    { "multifd/plain", run_success, CLEAN, { .multifd = true } },
+    { "multifd/preempt", run_success, CLEAN,
+      { .multifd = true, .preempt = true } },
+    { "multifd/tls", run_tls_success, CLEAN, { .multifd = true, .tls = true } },
+    { "multifd/drain", run_drain, CLEAN, { .multifd = true } },
+    { "multifd/ahead/plain", run_ahead, CLEAN,
+      { .multifd = true, .virtio = true } },
+    { "multifd/ahead/preempt", run_ahead, CLEAN,
+      { .multifd = true, .virtio = true, .preempt = true } },
+    { "multifd/old-machine/plain", run_ahead, CLEAN,
+      { .multifd = true, .virtio = true, .old_machine = true } },
+    { "multifd/old-machine/preempt", run_ahead, CLEAN,
+      { .multifd = true, .virtio = true, .old_machine = true,
+        .preempt = true } },
+    { "multifd/release-ram", run_cut_before_pong, 0,
+      { .multifd = true, .at = BEFORE_PONG, .release_ram = true,
+        .no_ram_left = true } },
+    { "multifd/cut/drain", run_drain_cut, 0, { .multifd = true } },
+    { "multifd/cut/in-package", run_cut, 0,
+      { .multifd = true, .at = IN_PACKAGE } },
+    { "multifd/cut/no-exit", run_cut, 0,
+      { .multifd = true, .at = IN_PACKAGE, .no_exit = true } },
+    { "multifd/cut/before-pong", run_cut_before_pong, 0,
+      { .multifd = true, .at = BEFORE_PONG } },
+    { "multifd/cut/behind-pong/plain", run_cut_behind_pong, 0,
+      { .multifd = true, .at = BEHIND_PONG, .oob = true } },
+    { "multifd/cut/behind-pong/preempt", run_cut_behind_pong, 0,
+      { .multifd = true, .at = BEHIND_PONG, .oob = true, .preempt = true } },
+    { "multifd/kill", run_kill, 0, { .multifd = true, .at = PACKAGE_END } },
+    { "multifd/load-error/plain", run_load_error, 0,
+      { .multifd = true, .at = BEHIND_PACKAGE } },
+    { "multifd/load-error/no-exit", run_load_error, 0,
+      { .multifd = true, .at = BEHIND_PACKAGE, .no_exit = true } },
+    { "multifd/stall", run_stall, CLEAN, { .multifd = true, .at = IN_PACKAGE } },
+    { "multifd/yank/source", run_yank_source, 0,
+      { .multifd = true, .at = IN_PACKAGE } },
+    { "multifd/yank/destination", run_yank_destination, 0,
+      { .multifd = true, .at = IN_PACKAGE, .no_exit = true } },
+    { "multifd/cancel/active", run_cancel_active, 0, { .multifd = true } },
+    { "multifd/cancel/stalled", run_cancel_stalled, 0, { .multifd = true } },
+    { "multifd/cancel/drain", run_drain_cancel, 0, { .multifd = true } },
+    { "multifd/cancel/frozen", run_cancel_frozen, 0, { .multifd = true } },
+    { "multifd/cancel/before-pong", run_cancel_before_pong, 0,
+      { .multifd = true } },
+    { "multifd/retry/plain", run_retry, 0,
+      { .multifd = true, .at = IN_PACKAGE } },
+    { "multifd/retry/preempt", run_retry, 0,
+      { .multifd = true, .at = IN_PACKAGE, .preempt = true } },
 
     /* The next migration */
     { "retry/plain", run_retry, 0, { .at = IN_PACKAGE } },
     { "preempt/retry", run_retry, 0, { .at = IN_PACKAGE, .preempt = true } },
+    { "retry/throttled", run_retry, 0,
+      { .at = IN_PACKAGE, .throttle = true } },
     { "retry/at-once", run_retry_at_once, 0, { .at = IN_PACKAGE } },
 };
 
@@ -2037,7 +2407,7 @@ static bool can_run(const MigrationTestEnv *env, const TestCase *test)
 {
     const DeviceTest *o = &test->options;
     bool x86_only = o->suspended || o->virtio || o->xhci || o->vmgenid ||
-                    o->iommu;
+                    o->vapic || o->iommu;
 
 #ifndef CONFIG_GNUTLS
     if (o->tls) {
@@ -2049,6 +2419,12 @@ static bool can_run(const MigrationTestEnv *env, const TestCase *test)
         return false;
     }
 #endif
+    if (o->multifd && QEMU_VERSION_MAJOR == 10 && QEMU_VERSION_MINOR < 1) {
+        return false;
+    }
+    if (!has_phase(o) && test->run != run_bitmap_only) {
+        return false;
+    }
     return (env->has_uffd || o->bitmap_only) && (env->is_x86 || !x86_only);
 }
 
