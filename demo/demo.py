@@ -86,7 +86,7 @@ def settle(source, destination, case):
         if source.states()[-1] == 'completed':
             destination.await_event(*ENDS)
         if source.states()[-1] == 'failed':
-            source.await_event('RESUME')
+            source.await_event('RESUME', since=source.await_event(*ENDS))
         if case == 'load':
             destination.exited.wait()
 

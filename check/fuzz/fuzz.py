@@ -29,8 +29,8 @@ sys.dont_write_bytecode = True          # the sources stay as they are
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '../lib'))
 from twoqemu import (                                   # noqa: E402
     ENDS, Fault, INTERRUPTS, MIB, Relay, Side, await_guest, build_guest,
-    check_memory, check_running, deadline, guest_args, parse_args, run_test,
-    start_migration, timeline)
+    check_memory, check_running, deadline, guest_args, holds, parse_args,
+    run_test, start_migration, timeline)
 
 PARSER = argparse.ArgumentParser(
     description='Migrate with faults at random moments.  A run depends on its '
@@ -668,6 +668,8 @@ class Run:
         if found != must:
             raise Fault(f'LOST: the source is {self.state(self.source)}, but '
                         f'the guest there {found}, not {must}')
+        if self.plan.paused:
+            self.ask(self.source, 'cont')
         check_running(self.source, self.expected, self.at_least)
         if not self.destination.exited.is_set():
             found = self.ask(self.destination, 'query-status')['status']
@@ -842,6 +844,8 @@ def print_table(table):
 def run_all(tmp):
     """Returns the exit status."""
     print('building the guest ...', flush=True)
+    if not holds(tmp, OPTS.qemu):
+        sys.exit(f'{OPTS.qemu} was built without the series')
     image, expected = build_guest(tmp)
     table = collections.defaultdict(collections.Counter)
     bad = []

@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), '../lib'))
 from twoqemu import (                                   # noqa: E402
     BITMAP_NODE, ENDS, Fault, Halt, MIB, Relay, Side, await_guest,
     build_guest, check_memory, check_running, deadline, guest_args,
-    parse_args, precopy_with_nothing_left, run_test,
+    holds, parse_args, precopy_with_nothing_left, run_test,
     start_migration, timeline)
 
 
@@ -74,6 +74,9 @@ class Peer:
 
     def side(self, name, tmp, args):
         return Side(name, tmp, self.qemu, args + self.args, self.wrapper)
+
+    def holds(self, tmp):
+        return holds(tmp, self.qemu, self.args, self.wrapper)
 
 
 def await_end(source, destination, case, relay):
@@ -204,6 +207,8 @@ def run_all(tmp):
     guest = build_guest(tmp)
     patched = Peer(OPTS.qemu)
     print(f'{OPTS.qemu} is QEMU {patched.version}; machine {MACHINE}')
+    if not patched.holds(tmp):
+        raise Fault('it was built without the series')
     for case, title in CASES.items():
         print(f'   {case:<8} {title}')
     skipped, rows = OPTS.skip, []
@@ -213,6 +218,8 @@ def run_all(tmp):
         except (OSError, IndexError, subprocess.CalledProcessError) as err:
             skipped.append((name, f'it does not run: {err}'))
             continue
+        if peer.holds(tmp):
+            raise Fault(f'the peer {name} was built with the series')
         rows += run_peer(name, peer, patched, tmp, guest)
 
     print('\nWhat becomes of the guest')

@@ -123,8 +123,7 @@ class Relay:
         with contextlib.suppress(OSError):
             while True:
                 source_end = self.listener.accept()[0]
-                destination_end = socket.socket(socket.AF_UNIX)
-                destination_end.connect(self.destination)
+                destination_end = self.connect(len(self.links))
                 link = Link(len(self.links), source_end, destination_end)
                 self.links.append(link)
                 for carry, end, other in (
@@ -132,6 +131,12 @@ class Relay:
                         (self.back, destination_end, source_end)):
                     threading.Thread(target=self._carry, daemon=True,
                                      args=(carry, link, end, other)).start()
+
+    def connect(self, _number):
+        """Returns the other end of this link."""
+        end = socket.socket(socket.AF_UNIX)
+        end.connect(self.destination)
+        return end
 
     def _carry(self, carry, link, end, other):
         with contextlib.suppress(OSError):
@@ -282,9 +287,15 @@ class Side:
             (stamp['seconds'] + stamp['microseconds'] / 1e6, kind, what))
         return what
 
-    def await_event(self, *wanted):
-        """Until one of WANTED is in the report"""
-        while not any(what in wanted for _, _, what in self.report):
+    def await_event(self, *wanted, since=0):
+        """
+        Until one of WANTED is in the report, SINCE that place in it.  Returns
+        the place behind it.
+        """
+        while True:
+            for place, (_, _, what) in enumerate(self.report[since:], since):
+                if what in wanted:
+                    return place + 1
             if not self.next_event(0.5) and self.exited.is_set():
                 raise Fault(f'the {self.name} has died')
 
@@ -329,6 +340,38 @@ class Side:
         while select.select([self.vm.console_socket], [], [], 0)[0]:
             if not self.vm.console_socket.recv(65536):
                 break
+
+
+# PING HOLD and PONG HELD, see postcopy-device.h
+HOLD, HELD = 0x484f4c44, 0x48454c44
+
+
+def holds(tmp, qemu, args=(), wrapper=()):
+    """
+    Does this QEMU hold the guest at the destination when it is asked to?  That is
+    what the series adds; any other echoes the question.
+    """
+    with contextlib.ExitStack() as stack:
+        tmp = stack.enter_context(tempfile.TemporaryDirectory(dir=tmp))
+        path = os.path.join(tmp, 'incoming')
+        side = Side('asked', tmp, qemu,
+                    [*args, '-machine', 'none', '-nodefaults',
+                     '-incoming', 'unix:' + path], wrapper)
+        stack.callback(side.vm.shutdown, hard=True)
+        side.launch()
+        sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+        sock.connect(path)
+        # The file's header, the machine's name, OPEN_RETURN_PATH, PING
+        sock.sendall(struct.pack('>4sIBI4s', b'QEVM', 3, 7, 4, b'none') +
+                     struct.pack('>BHH', 8, 1, 0) +
+                     struct.pack('>BHHI', 8, 2, 4, HOLD))
+        reply = sock.makefile('rb').read(8)
+    if len(reply) != 8 or struct.unpack('>HH', reply[:4]) != (PONG, 4):
+        raise Fault(f'{qemu} answers a PING with {reply.hex(" ") or "nothing"}')
+    value, = struct.unpack('>I', reply[4:])
+    if value not in (HOLD, HELD):
+        raise Fault(f'{qemu} answers HOLD with {value:#x}')
+    return value == HELD
 
 
 def guest_args(image, mib=256):
@@ -395,7 +438,11 @@ def check_memory(side, expected):
 
 
 def check_running(side, expected, at_least):
-    """The guest has whole memory, not an old one, and goes on running."""
+    """The guest runs, has whole memory, not an old one, and goes on so."""
+    if side.run_state() != 'running':
+        raise Fault(f'the guest on the {side.name} is {side.run_state()}')
+    side.drop_serial()
+    side.await_serial(b'B', times=3)
     side.vm.cmd('stop')
     before = check_memory(side, expected)
     if before < at_least:

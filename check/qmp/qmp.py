@@ -14,7 +14,7 @@ sys.dont_write_bytecode = True          # the sources stay as they are
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '../lib'))
 from twoqemu import (                                   # noqa: E402
     Fault, MIB, Relay, Side, Withhold, await_guest, build_guest, check_memory,
-    check_running, deadline, guest_args, loaded, parse_args, run_test,
+    check_running, deadline, guest_args, holds, loaded, parse_args, run_test,
     start_migration)
 
 OPTS = parse_args(argparse.ArgumentParser(
@@ -30,6 +30,16 @@ def check_supported(side):
              if entry['meta-type'] == 'enum']
     if not any('postcopy-device' in enum['values'] for enum in enums):
         raise Fault('query-qmp-schema does not know postcopy-device')
+    try:
+        side.vm.cmd('trace-event-get-state', name='postcopy_device_commit')
+        found = True
+    except QMPError:
+        found = False
+    if found != holds(side.tmp, OPTS.qemu):
+        raise Fault('trace-event-get-state says '
+                    + ('yes' if found else 'no') + ', and is wrong')
+    if not found:
+        raise Fault('this QEMU was built without the series')
 
 
 def migrate(source, destination, relay):
@@ -46,11 +56,11 @@ def migrate(source, destination, relay):
 def cancel(source, destination, relay):
     """The destination has loaded everything, but its word gets lost."""
     migrate(source, destination, relay)
-    source.await_event('postcopy-device')
+    phase = source.await_event('postcopy-device')
     relay.reached.wait()
     source.vm.cmd('migrate_cancel')
-    source.await_event('cancelled')
-    source.await_event('RESUME')
+    source.await_event('cancelled', since=phase)
+    source.await_event('RESUME', since=phase)
     destination.kill()
 
 
@@ -94,7 +104,7 @@ def run_all(tmp):
 
         stack.callback(source.vm.shutdown, hard=True)
         source.launch()
-        print('query-qmp-schema', flush=True)
+        print('query-qmp-schema, trace-event-get-state', flush=True)
         check_supported(source)
         source.enable()
         await_guest(source)
