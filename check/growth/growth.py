@@ -2,20 +2,23 @@
 #
 # Migrates from one source to many destinations, each of which fails in
 # postcopy-device.  Neither files nor threads may be left behind by a failure,
-# on the destination as little as on the source, and the source's memory must
-# not grow with their number.
+# on the destination as little as on the source, and the source's heap must not
+# grow with their number.
 #
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import argparse
 import contextlib
 import os
+import socket
+import subprocess
 import sys
 import time
 from statistics import median
 
 sys.dont_write_bytecode = True          # the sources stay as they are
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), '../lib'))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, '../lib'))
 from twoqemu import (                                   # noqa: E402
     ENDS, Fault, Halt, MIB, Relay, Side, await_guest, build_guest, check_running,
     deadline, guest_args, parse_args, run_test, start_migration)
@@ -37,18 +40,14 @@ POOL = 'worker'
 # have names: unless it first runs later than that, it has the first thread's.
 RCU = 'call_rcu'
 
-# A thread takes an arena of the C library by chance, and keeps what it has freed
-# there: with several arenas, memory use says more about chance than about leaks.
-os.environ['MALLOC_ARENA_MAX'] = '1'
-
 # The first failures leave behind what the next ones use again, such as caches.
-# Later some of the memory still comes and goes with the moment it is looked at
-# in, so the median after WINDOW failures is what counts.
-WARM_UP = 20
-WINDOW = 20
-# What one failure may add.  If only the bitmaps of the guest's RAM leaked, it
-# would be 8 KiB and more; part of that fits into gaps of the heap.
-KIB_PER_FAILURE = 3
+WARM_UP = 24
+# From then on the heap is looked at after so many failures each, the last of them
+# always one of the same kind.  Once in a while something large comes or goes that
+# the failures have no part in, so the median of the differences counts.
+STEP = 12
+# What one failure may add: less than an error and its text would be
+BYTES_PER_FAILURE = 64
 
 WAYS = ('kill', 'cut', 'load')
 
@@ -75,19 +74,27 @@ def threads(side):
                   for name in found if name != POOL)
 
 
-def memory(side):
-    """KiB that it has in memory, without the guest's RAM"""
-    total = here = 0
-    guest = False
-    with open(f'/proc/{side.vm.get_pid()}/smaps', encoding='utf-8') as smaps:
-        for line in smaps:
-            field, value = line.split()[:2]
-            if field == 'Size:':
-                guest = int(value) >= 256 * 1024
-            elif field == 'Anonymous:' and not guest:
-                here = int(value)
-                total += here
-    return total
+def build_heap(tmp):
+    """Returns a wrapper for a QEMU that tells what of its heap is in use."""
+    lib = os.path.join(tmp, 'heap.so')
+    subprocess.run(['gcc', '-shared', '-fPIC', '-Wall', '-Werror', '-o', lib,
+                    os.path.join(HERE, 'heap.c')], check=True)
+    # What a thread keeps for itself would count as in use.
+    return ('env', f'LD_PRELOAD={lib}', f'HEAP={tmp}/heap',
+            'GLIBC_TUNABLES=glibc.malloc.tcache_count=0')
+
+
+def heap(side, tmp):
+    """Bytes of the heap that are in use, when RCU has freed what it was given"""
+    least, since = None, 0
+    while least is None or time.monotonic() - since < 0.5:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(os.path.join(tmp, 'heap'))
+            now = int(sock.makefile().read())
+        if least is None or now < least:
+            least, since = now, time.monotonic()
+        side.next_event(0.05)
+    return least
 
 
 def leftovers(before, now):
@@ -112,14 +119,14 @@ def check_left(what, look, side, before):
         side.next_event(0.05)
 
 
-def check_memory_use(used):
-    """USED has the KiB after each failure."""
-    if len(used) < 2 * WINDOW:
-        print('too few failures to tell about memory')
+def check_heap(used):
+    """USED has the bytes after each STEP."""
+    if len(used) < 4:
+        print('too few failures to tell about the heap')
         return
-    growth = round(median(used[-WINDOW:]) - median(used[:WINDOW]))
-    print(f'memory has grown by {growth} KiB in {len(used) - WINDOW} failures')
-    if growth > KIB_PER_FAILURE * (len(used) - WINDOW):
+    growth = median(b - a for a, b in zip(used, used[1:])) / STEP
+    print(f'the heap grows by {growth:.0f} bytes with each failure')
+    if growth > BYTES_PER_FAILURE:
         raise Fault('GROWTH: that is too much')
 
 
@@ -153,12 +160,12 @@ def fail(number, source, args, tmp):
             destination.kill()
         if way != 'load':
             relay.close()
-        source.await_event(*ENDS)
+        end = source.await_event(*ENDS)
         if source.states()[-2:] != ['postcopy-device', 'failed']:
             raise Fault(f'with "{way}" the source went ' +
                         ' > '.join(source.states()) + ': ' +
                         source.vm.cmd('query-migrate').get('error-desc', ''))
-        source.await_event('RESUME')
+        source.await_event('RESUME', since=end)
         if way != 'kill':
             destination.await_event('failed')
             check_left('files', open_files, destination, before[0])
@@ -172,7 +179,7 @@ def run(tmp):
     # Only then do the threads have names.
     args = guest_args(image) + ['-name', 'debug-threads=on']
     source = Side('source', tmp, OPTS.qemu, args +
-                  ['-device', 'virtio-rng-pci'])
+                  ['-device', 'virtio-rng-pci'], build_heap(tmp))
     used = []
     with contextlib.ExitStack() as stack:
         try:
@@ -189,12 +196,15 @@ def run(tmp):
                     way = fail(number, source, args, tmp)
                     check_left('files', open_files, source, before[0])
                     check_left('threads', threads, source, before[1])
-                used.append(memory(source))
+                    look = number >= WARM_UP and number % STEP == 0
+                    if look:
+                        used.append(heap(source, tmp))
                 print(f'{number + 1:4}  {way:18}  {len(before[0])} files, '
-                      f'{len(before[1])} threads, {used[-1]} KiB', flush=True)
+                      f'{len(before[1])} threads'
+                      + (f', heap {used[-1]} bytes' if look else ''), flush=True)
             with deadline('check of the guest', 60):
                 print(check_running(source, expected, 0))
-            check_memory_use(used[WARM_UP:])
+            check_heap(used)
         except Fault as err:
             print(f'BAD: {err}')
             return 1
