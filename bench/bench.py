@@ -37,6 +37,10 @@ PARSER.add_argument('--runs', type=int, default=30,
 PARSER.add_argument('--only', action='append',
                     help='the cases with this text in their names; more of '
                          'these options for more cases')
+PARSER.add_argument('--bar', action='append', default=[],
+                    metavar='TEXT=MS',
+                    help='for the shortest pause of each QEMU in each case '
+                         'with this text in its name')
 PARSER.add_argument('--out', required=True,
                     help='directory for the results; those that are there '
                          'already are reported, too')
@@ -487,11 +491,19 @@ def report(setups):
     """Returns how many figures are over their bars."""
     results = read()
     print(f'\n{summarize(results)}\n')
+    over = 0
+    for text, bar in (bar.rsplit('=', 1) for bar in OPTS.bar):
+        for (case, label, what), values in results.items():
+            if text in case and what == 'pause ms':
+                bad = min(values) > float(bar)
+                over += bad
+                print(f'{case}, {label}: pause at least {min(values):.1f} ms, '
+                      f'bar {bar} {"OVER" if bad else "ok"}')
     if not {'patched', 'stock'} <= {label for _, label, _ in results}:
-        return 0
-    lines, over = bars(results, setups)
-    print('\n'.join([*lines, f'{over} OVER\n']))
-    return over
+        return over
+    lines, slow = bars(results, setups)
+    print('\n'.join([*lines, f'{slow} OVER\n']))
+    return over + slow
 
 
 def run_all(tmp):
