@@ -58,10 +58,26 @@ without_kvm() {
     fi
 }
 
-# migration_test OBJ ARG...: run QEMU's migration tests as built in OBJ
+# migration_test OBJ ARG...: run QEMU's migration tests as built in OBJ, with KVM
+# if $with_kvm is set
 migration_test() (
     cd "$1" || exit
     shift
-    export QTEST_QEMU_BINARY=./qemu-system-x86_64 QTEST_QEMU_IMG=./qemu-img
-    without_kvm tests/qtest/migration-test --tap "$@"
+    export QTEST_QEMU_BINARY=./qemu-system-x86_64 QTEST_QEMU_IMG=./qemu-img PYTHON=/usr/bin/python3
+    hide=without_kvm
+    [ -z "${with_kvm-}" ] || hide=
+    $hide tests/qtest/migration-test --tap "$@"
 )
+
+# huge_pages N: have N free ones of 2 MiB until the end, if that can be
+huge_pages() {
+    pages=/sys/kernel/mm/hugepages/hugepages-2048kB
+    had=$(cat $pages/nr_hugepages) && [ -w $pages/nr_hugepages ] || return 0
+    need=$(($1 - $(cat $pages/free_hugepages)))
+    if [ $need -gt 0 ]; then
+        at_exit "echo $had >$pages/nr_hugepages"
+        echo $((had + need)) >$pages/nr_hugepages
+        # If there are some only, the tests would get into each other's way.
+        [ "$(cat $pages/free_hugepages)" -ge "$1" ] || echo "$had" >$pages/nr_hugepages
+    fi
+}
