@@ -68,6 +68,10 @@ MARKS = {
     },
 }
 
+# For "exec:"
+CARRY = ' '.join((sys.executable, os.path.join(
+    os.path.dirname(os.path.abspath(__file__)), 'carry.py')))
+
 BOTH = ('forward', 'return')
 PROCESSES = ('source', 'destination')
 
@@ -131,6 +135,29 @@ class Plan:
         self.again = int(2 ** rng.uniform(0, 20)) if chance() < 0.4 else None
         self.cancel_again = chance() < 0.5
 
+        # Before it, one whose preempt channel never arrives
+        self.withhold_again = self.preempt and chance() < 0.3
+
+        # A preempt channel that is accepted, but never arrives: only the end
+        # of the link tells the destination
+        self.withhold = self.preempt and chance() < 0.2
+        if self.withhold:
+            self.channels, self.end_with_cut = 'all', True
+            if self.fault == 'freeze' or self.command.startswith('freeze'):
+                self.fault, self.command = 'stall', 'migrate_cancel'
+            # Nothing comes behind the package then
+            if (self.mark not in ('HOLD', 'HELD', 'discard', 'package')
+                    or self.mark == 'discard' and self.offset > 1000):
+                self.mark, self.offset = 'package', 1
+
+        # Which side's stream a process carries, by "exec:"
+        self.exec = 'none'
+        if not self.preempt and chance() < 0.3:
+            self.exec = rng.choice(PROCESSES)
+        if self.exec == 'source' and chance() < 0.3:
+            # It is refused in the phase, and says what to do
+            self.fault, self.command = 'stall', 'migrate_cancel'
+
     def kind(self):
         """The fault in short"""
         what = {'cut': f'cut {"+".join(self.directions)}',
@@ -150,8 +177,11 @@ class Plan:
         where = (f'{self.offset:.3f} of the package' if self.mark == 'package'
                  else f'{self.mark}+{self.offset}')
         with_ = [name for name in ('preempt', 'release_ram', 'paused',
-                                   'exit_on_error', 'late_block_activate')
+                                   'exit_on_error', 'late_block_activate',
+                                   'withhold')
                  if getattr(self, name)]
+        if self.exec != 'none':
+            with_.append(f'exec at {self.exec}')
         return f'{self.kind()} at {where} ({" ".join(with_) or "plain"})'
 
 
@@ -177,6 +207,21 @@ class FaultRelay(Relay):
 
     def note(self, text):
         self.notes.append((time.time(), text))
+
+    def connect(self, number):
+        if number and self.plan.withhold:
+            self.note('a preempt channel is withheld')
+            end, self.idle = socket.socketpair()
+            return end
+        # What listens may be a process that QEMU has begun just now
+        end = time.monotonic() + SETTLE_LIMIT
+        while True:
+            try:
+                return super().connect(number)
+            except OSError:
+                if self.plan.exec != 'destination' or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
 
     def forward(self, link):
         self._pump(link, 'forward', link.source_end, link.destination_end)
@@ -292,30 +337,48 @@ class FaultRelay(Relay):
                             sock.shutdown(how)
 
 
-def cpu_waits(side):
-    """For how long threads of a QEMU and of this program waited for a CPU"""
-    waits = {}
-    for pid in side.vm.get_pid(), os.getpid():
-        with contextlib.suppress(OSError):
-            for task in os.listdir(f'/proc/{pid}/task'):
-                path = f'/proc/{pid}/task/{task}/schedstat'
-                with open(path, encoding='ascii') as stat:
-                    waits[task] = int(stat.read().split()[1]) / 1e9
-    return waits
+def answering(side):
+    """Its threads that answer a command: the main one, the monitor's"""
+    path = f'/proc/{side.vm.get_pid()}/task'
+    found = [f'{path}/{side.vm.get_pid()}']
+    with contextlib.suppress(OSError):
+        for task in os.listdir(path):
+            with open(f'{path}/{task}/comm', encoding='ascii') as comm:
+                if comm.read().startswith('IO mon'):
+                    found.append(f'{path}/{task}')
+    return found
 
 
 class Stopwatch:
-    """Seconds, but for those in which the threads waited for a CPU"""
+    """Seconds, but for those in which who asks or answers waited for a CPU"""
 
     def __init__(self, side):
-        self.side = side
+        self.tasks = answering(side) + [
+            f'/proc/self/task/{threading.get_native_id()}']
         self.begin = time.monotonic()
-        self.before = cpu_waits(side)
+        self.waited = self._cpu_waits()
+
+    def _cpu_waits(self):
+        waits = 0
+        for task in self.tasks:
+            with contextlib.suppress(OSError):
+                with open(f'{task}/schedstat', encoding='ascii') as stat:
+                    waits += int(stat.read().split()[1]) / 1e9
+        return waits
 
     def seconds(self):
-        waits = cpu_waits(self.side)
-        return time.monotonic() - self.begin - sum(
-            waits[task] - self.before.get(task, 0) for task in waits)
+        return (time.monotonic() - self.begin
+                - max(0, self._cpu_waits() - self.waited))
+
+
+def end_carriers(side):
+    """End the processes that carry its stream."""
+    path = f'/proc/{side.vm.get_pid()}/task'
+    with contextlib.suppress(OSError):
+        for task in os.listdir(path):
+            with open(f'{path}/{task}/children', encoding='ascii') as pids:
+                for pid in pids.read().split():
+                    os.kill(int(pid), signal.SIGKILL)
 
 
 class Run:
@@ -326,9 +389,11 @@ class Run:
         self.tmp, self.expected = tmp, expected
         disk = os.path.join(tmp, 'disk')
         shutil.copyfile(image, disk)
-        self.source = Side('source', tmp, OPTS.qemu, guest_args(disk))
+        # Only then do the threads have names.
+        args = guest_args(disk) + ['-name', 'debug-threads=on']
+        self.source = Side('source', tmp, OPTS.qemu, args)
         self.destination = Side('destination', tmp, OPTS.qemu,
-                                guest_args(disk) + ['-incoming', 'defer'])
+                                args + ['-incoming', 'defer'])
         self.sides = {side.name: side
                       for side in (self.source, self.destination)}
         self.relay = FaultRelay(os.path.join(tmp, 'relay'),
@@ -501,6 +566,9 @@ class Run:
             # After the end it is granted, but does nothing
             self.cancelled = (why is None and
                               self.state(self.source) != 'completed')
+            if why and 'end the process that carries it' in why:
+                end_carriers(self.source)
+                self.relay.note('process at the source ended')
             if why and 'cannot be held back' in why:
                 raise Fault(f'CANCEL: refused although both sides can hold '
                             f'the guest: {why}')
@@ -522,6 +590,10 @@ class Run:
     def tell_destination(self):
         """It does not notice by itself that the network has vanished."""
         if self.destination.exited.is_set():
+            return
+        if self.plan.exec == 'destination':
+            end_carriers(self.destination)
+            self.relay.note('process at the destination ended')
             return
         try:
             self.ask(self.destination, 'migrate-pause')
@@ -580,19 +652,25 @@ class Run:
         return all(side.exited.is_set() or self.state(side) == 'completed'
                    for side in self.sides.values())
 
-    def fail_recovery(self):
-        """The first one, unless it is through before its cut"""
-        self.relay.note(f'recovery, cut after {self.plan.again} bytes')
+    def fail_recovery(self, offset, withhold):
+        """One, unless it is through before its cut at that byte"""
+        self.relay.note(f'recovery, cut after {offset} bytes'
+                        + (', no preempt channel' if withhold else ''))
         relay = FaultRelay(
-            os.path.join(self.tmp, 'relay2'),
+            os.path.join(self.tmp, f'relay{len(self.relays)}'),
             os.path.join(self.tmp, 'recover'),
             types.SimpleNamespace(
-                mark='begin', offset=self.plan.again, fault='cut',
-                directions=BOTH, channels='all', kind=lambda: 'cut'),
+                mark='begin', offset=offset, fault='cut', withhold=withhold,
+                exec='none', directions=BOTH, channels='all',
+                kind=lambda: 'cut'),
             self.sides)
         self.relays.append(relay)
         before = len(self.source.states())
         self.begin_recovery('unix:' + relay.path)
+        if withhold:
+            self.pump(relay.hit.is_set, self.plan.wait[0])
+            relay.cut(BOTH)
+            relay.hit.set()
         if not self.pump(lambda: self.all_completed() or (
                 relay.hit.is_set() and len(self.source.states()) > before and
                 self.state(self.source) in ('postcopy-paused', 'completed')),
@@ -606,9 +684,14 @@ class Run:
         doubt = not self.check_one_owner()
         outcome = 'destination ({}, recovered'.format(
             'in doubt' if doubt else 'paused')
-        if self.plan.again is not None:
-            self.fail_recovery()
+        if self.plan.withhold_again:
+            self.fail_recovery(MIB, True)
+        if (self.plan.again is not None
+                and self.state(self.source) != 'completed'):
+            self.fail_recovery(self.plan.again, False)
             outcome += ' twice'
+        if self.plan.withhold_again:
+            outcome += ', once without preempt channel'
         if self.state(self.source) != 'completed':
             if doubt and self.plan.cancel_again and self.cancel() is None:
                 self.await_settled()
@@ -771,11 +854,16 @@ class Run:
     def execute(self):
         """Returns the outcome"""
         self.prepare()
+        incoming = self.relay.destination
         with deadline('the migration with its fault', 150):
             self.relay.armed = True
-            start_migration(self.source, self.destination,
-                            'unix:' + self.relay.path, self.plan.sent,
-                            exit_on_error=self.plan.exit_on_error)
+            start_migration(
+                self.source, self.destination,
+                f'exec:exec {CARRY} {self.relay.path}'
+                if self.plan.exec == 'source' else 'unix:' + self.relay.path,
+                self.plan.sent, exit_on_error=self.plan.exit_on_error,
+                uri=f'exec:exec {CARRY} --listen {incoming}'
+                if self.plan.exec == 'destination' else 'unix:' + incoming)
             self.inject()
             self.await_settled()
             outcome = self.judge()
