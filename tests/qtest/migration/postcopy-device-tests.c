@@ -2342,8 +2342,6 @@ static const TestCase tests[] = {
       { .at = PACKAGE_END, .full_speed = true, .tcp = true } },
     { "full-speed/tcp/load-error", run_load_error, 0,
       { .at = BEHIND_PACKAGE, .full_speed = true, .tcp = true } },
-    { "full-speed/tcp/recover", run_cut_behind_pong, 0,
-      { .at = BEHIND_PONG, .full_speed = true, .tcp = true, .oob = true } },
 
     /* Channels for pages of precopy */
     { "multifd/plain", run_success, CLEAN, { .multifd = true } },
