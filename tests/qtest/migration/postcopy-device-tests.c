@@ -509,32 +509,44 @@ static char *log_parse_line(const char *line)
     return NULL;
 }
 
-/* There is no event for either: a thread logs this, and waits for something. */
+/* What /proc says of a thread, which has this name with debug-threads=on */
+static char *thread_stat(pid_t pid, const char *name)
+{
+    g_autofree char *path = g_strdup_printf("/proc/%d/task", (int)pid);
+    g_autoptr(GDir) dir = g_dir_open(path, 0, NULL);
+    g_autofree char *pattern = g_strdup_printf("(%s)", name);
+    const char *tid;
+
+    while ((tid = g_dir_read_name(dir))) {
+        g_autofree char *stat_path = g_strdup_printf("%s/%s/stat", path, tid);
+        g_autofree char *text = NULL;
+
+        if (g_file_get_contents(stat_path, &text, NULL, NULL) &&
+            strstr(text, pattern)) {
+            return g_steal_pointer(&text);
+        }
+    }
+    g_error("there is no thread %s", name);
+}
+
+/* There is no event for either: the migration thread logs this, and waits. */
 static void wait_log_and_sleep(Side *side, const char *what)
 {
     g_autofree char *path = tmp_path("src_log");
     g_autofree char *text = NULL;
-    g_autofree char *stat_path = NULL;
-    const char *line;
 
     step("waiting for the source to log '%s'", what);
     do {
         g_usleep(1000);
         g_free(text);
         g_assert(g_file_get_contents(path, &text, NULL, NULL));
-        line = strstr(text, what);
-    } while (!line);
-    while (line > text && line[-1] != '\n') {
-        line--;
-    }
+    } while (!strstr(text, what));
 
-    step("waiting for that thread of the source to wait");
-    stat_path = g_strdup_printf("/proc/%d/task/%d/stat",
-                                (int)qtest_pid(side->qts), atoi(line));
+    step("waiting for the migration thread to wait");
     do {
         g_usleep(1000);
         g_free(text);
-        g_assert(g_file_get_contents(stat_path, &text, NULL, NULL));
+        text = thread_stat(qtest_pid(side->qts), "mig/src/main");
     } while (!strstr(text, ") S "));
 }
 
