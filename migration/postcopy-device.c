@@ -641,7 +641,7 @@ static void postcopy_device_activate_disks_bh(void *opaque)
         migrate_set_error(migrate_get_current(), err);
         error_free(err);
     }
-    aio_co_wake(pd->preparing);
+    aio_co_wake(g_steal_pointer(&pd->preparing));
 }
 
 /*
@@ -656,7 +656,10 @@ postcopy_device_incoming_prepare(MigrationIncomingState *mis)
     if (!migrate_late_block_activate()) {
         pd->preparing = qemu_coroutine_self();
         migration_bh_schedule(postcopy_device_activate_disks_bh, mis);
-        qemu_coroutine_yield();
+        /* RDMA enters it as well when the link is lost */
+        while (pd->preparing) {
+            qemu_coroutine_yield();
+        }
         if (!pd->disks_activated) {
             return false;
         }
