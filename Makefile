@@ -19,7 +19,7 @@ demo: all
 bench: all
 	@bench/run
 
-## make check         all checks and tests but those that are called long below
+## make check         all checks and tests but those that run only when named
 ## make check NAMES='A B'
 ##                    these checks, and what they need
 check:
