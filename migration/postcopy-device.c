@@ -870,11 +870,7 @@ bool postcopy_device_incoming_abort(MigrationIncomingState *mis)
     if (mis->exit_on_error &&
         !qio_channel_has_feature(qemu_file_get_ioc(mis->from_src_file),
                                  QIO_CHANNEL_FEATURE_SHUTDOWN)) {
-        /* Nothing would end the listen thread but the exit of the process */
-        WITH_QEMU_LOCK_GUARD(&migrate_get_current()->error_mutex) {
-            error_report_err(error_copy(migrate_get_current()->error));
-        }
-        exit(EXIT_FAILURE);
+        migration_incoming_failed();
     }
 
     trace_postcopy_device_incoming_abort();

@@ -18,7 +18,6 @@ import random
 import shutil
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -28,9 +27,10 @@ import types
 sys.dont_write_bytecode = True          # the sources stay as they are
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '../lib'))
 from twoqemu import (                                   # noqa: E402
-    ENDS, Fault, INTERRUPTS, MIB, Relay, Side, await_guest, build_guest,
-    check_memory, check_running, deadline, guest_args, holds, parse_args,
-    run_test, start_migration, timeline)
+    BEFORE_PACKAGE, CMD_PACKAGED, ENDS, Fault, HELD, HOLD, INTERRUPTS, LOADED,
+    MIB, RP_PONG, RP_SHUT, Relay, START, Side, await_guest, build_guest,
+    check_memory, check_running, command, deadline, guest_args, holds,
+    message, parse_args, ping, run_test, start_migration, timeline)
 
 PARSER = argparse.ArgumentParser(
     description='Migrate with faults at random moments.  A run depends on its '
@@ -41,6 +41,9 @@ PARSER.add_argument('--runs', type=int, default=100,
 PARSER.add_argument('--seed', type=int, default=random.randrange(10 ** 6),
                     help='of the first run, the others count up from it '
                     '(default: random)')
+PARSER.add_argument('--other', metavar='QEMU',
+                    help='another QEMU with the series: one of each migrates '
+                    'to the other, either way')
 PARSER.add_argument('--seconds', type=int, default=10 ** 6,
                     help='begin no more runs after so many seconds')
 OPTS = parse_args(PARSER)
@@ -50,21 +53,23 @@ from qemu.qmp import QMPError                           # noqa: E402
 # The monitor answers within this time, and no state lasts longer than that.
 ANSWER_LIMIT, SETTLE_LIMIT = 1, 30
 
-# What the relay looks for in the stream.  All numbers are big endian: command
-# (type 8, number, length), message of the return path (number, length).
-PING = struct.pack('>BHHI', 8, 2, 4, 2)         # right in front of the package
-PACKAGE = PING + struct.pack('>BHH', 8, 7, 4)   # its length follows
+MACHINE = 'pc-i440fx-10.0'              # all have it
+MULTIFD = False                         # run_all() looks
+
+# What the relay looks for in the stream
+PING = ping(BEFORE_PACKAGE)
+PACKAGE = PING + command(CMD_PACKAGED, 4)       # its length follows
 MARKS = {
     'forward': {
-        'HOLD': struct.pack('>BHHI', 8, 2, 4, 0x484f4c44),
+        'HOLD': ping(HOLD),
         'discard': b'\0\6pc.ram\0',
         'package': PACKAGE,
-        'START': struct.pack('>BHHI', 8, 2, 4, 0x53545254),
+        'START': ping(START),
     },
     'return': {
-        'HELD': struct.pack('>HHI', 2, 4, 0x48454c44),
-        'LOADED': struct.pack('>HHI', 2, 4, 0x42),
-        'SHUT': struct.pack('>HHI', 1, 4, 0),
+        'HELD': message(RP_PONG, HELD),
+        'LOADED': message(RP_PONG, LOADED),
+        'SHUT': message(RP_SHUT, 0),
     },
 }
 
@@ -158,6 +163,13 @@ class Plan:
             # It is refused in the phase, and says what to do
             self.fault, self.command = 'stall', 'migrate_cancel'
 
+        self.from_other = OPTS.other and chance() < 0.5
+        # Its channels, too, would be connected to nothing or to a process
+        self.multifd = (MULTIFD and not self.withhold and self.exec == 'none'
+                        and chance() < 0.5)
+        if self.multifd and self.channels == 'preempt':
+            self.channels = 'other'
+
     def kind(self):
         """The fault in short"""
         what = {'cut': f'cut {"+".join(self.directions)}',
@@ -178,7 +190,7 @@ class Plan:
                  else f'{self.mark}+{self.offset}')
         with_ = [name for name in ('preempt', 'release_ram', 'paused',
                                    'exit_on_error', 'late_block_activate',
-                                   'withhold')
+                                   'withhold', 'multifd', 'from_other')
                  if getattr(self, name)]
         if self.exec != 'none':
             with_.append(f'exec at {self.exec}')
@@ -324,8 +336,8 @@ class FaultRelay(Relay):
                 link.source_end.shutdown(socket.SHUT_RDWR)
 
     def cut(self, directions, channels='all'):
-        links = {'all': self.links, 'main': self.links[:1],
-                 'preempt': self.links[1:]}[channels]
+        links = {'all': self.links, 'main': self.links[:1]}.get(
+            channels, self.links[1:])
         for link in links:
             for direction, end, other in (
                     ('forward', link.source_end, link.destination_end),
@@ -390,9 +402,13 @@ class Run:
         disk = os.path.join(tmp, 'disk')
         shutil.copyfile(image, disk)
         # Only then do the threads have names.
-        args = guest_args(disk) + ['-name', 'debug-threads=on']
-        self.source = Side('source', tmp, OPTS.qemu, args)
-        self.destination = Side('destination', tmp, OPTS.qemu,
+        args = guest_args(disk) + ['-name', 'debug-threads=on',
+                                   '-machine', MACHINE]
+        qemus = [OPTS.qemu, OPTS.other or OPTS.qemu]
+        if self.plan.from_other:
+            qemus.reverse()
+        self.source = Side('source', tmp, qemus[0], args)
+        self.destination = Side('destination', tmp, qemus[1],
                                 args + ['-incoming', 'defer'])
         self.sides = {side.name: side
                       for side in (self.source, self.destination)}
@@ -839,7 +855,8 @@ class Run:
                 side.enable(*(name.replace('_', '-') for name, on in (
                     ('postcopy-preempt', plan.preempt),
                     ('release_ram', plan.release_ram),
-                    ('late_block_activate', plan.late_block_activate)) if on))
+                    ('late_block_activate', plan.late_block_activate),
+                    ('multifd', plan.multifd)) if on))
             await_guest(self.source)
             self.source.vm.cmd('stop')
             self.at_least = check_memory(self.source, self.expected)
@@ -929,11 +946,27 @@ def print_table(table):
             print(f'{"":14}{count:6d}  {kind}')
 
 
+def can_multifd(tmp, qemu):
+    """Has it postcopy with multifd?  QEMU has that since 10.1."""
+    side = Side('asked', tmp, qemu, ['-machine', 'none', '-nodefaults'])
+    try:
+        side.launch()
+        return 'error' not in side.vm.qmp('migrate-set-capabilities', capabilities=[
+            {'capability': name, 'state': True}
+            for name in ('postcopy-ram', 'multifd')])
+    finally:
+        side.vm.shutdown(hard=True)
+
+
 def run_all(tmp):
     """Returns the exit status."""
+    global MULTIFD          # pylint: disable=global-statement
     print('building the guest ...', flush=True)
-    if not holds(tmp, OPTS.qemu):
-        sys.exit(f'{OPTS.qemu} was built without the series')
+    qemus = [qemu for qemu in (OPTS.qemu, OPTS.other) if qemu]
+    for qemu in qemus:
+        if not holds(tmp, qemu):
+            sys.exit(f'{qemu} was built without the series')
+    MULTIFD = all(can_multifd(tmp, qemu) for qemu in qemus)
     image, expected = build_guest(tmp)
     table = collections.defaultdict(collections.Counter)
     bad = []

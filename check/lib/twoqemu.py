@@ -156,9 +156,30 @@ class Relay:
             link.source_end.sendall(data)
 
 
-# QEMU_VM_COMMAND, MIG_CMD_PACKAGED and the package's length, and what it
-# begins with: MIG_CMD_POSTCOPY_LISTEN
-PACKAGE = re.compile(rb'\x08\0\x07\0\x04(....)\x08\0\x04\0\0', re.DOTALL)
+# The migration stream: values of migration.c, savevm.c and postcopy-device.h
+OPEN_RETURN_PATH, CMD_PING, CMD_LISTEN, CMD_PACKAGED = 1, 2, 4, 7
+RP_SHUT, RP_PONG = 1, 2
+BEFORE_PACKAGE, LOADED, HOLD, HELD, START = (
+    2, 0x42, 0x484f4c44, 0x48454c44, 0x53545254)
+
+
+def command(number, length):
+    """Of the source (QEMU_VM_COMMAND); so many bytes follow."""
+    return struct.pack('>BHH', 8, number, length)
+
+
+def ping(value):
+    return command(CMD_PING, 4) + struct.pack('>I', value)
+
+
+def message(kind, value):
+    """A message of the destination"""
+    return struct.pack('>HHI', kind, 4, value)
+
+
+# The package with its length, and what it begins with
+PACKAGE = re.compile(re.escape(command(CMD_PACKAGED, 4)) + b'(....)'
+                     + re.escape(command(CMD_LISTEN, 0)), re.DOTALL)
 PACKAGE_SIZE = 14
 
 
@@ -190,13 +211,9 @@ class Halt(Relay):
             tail = (tail + data)[1 - PACKAGE_SIZE:]
 
 
-# A message of the destination (MIG_RP_MSG_PONG in migration.c)
-PONG = 2
-
-
 def loaded(kind, body):
     """It reports that it has loaded the devices."""
-    return (kind, body) == (PONG, struct.pack('>I', 0x42))
+    return (kind, body) == (RP_PONG, struct.pack('>I', LOADED))
 
 
 class Withhold(Relay):
@@ -342,10 +359,6 @@ class Side:
                 break
 
 
-# PING HOLD and PONG HELD, see postcopy-device.h
-HOLD, HELD = 0x484f4c44, 0x48454c44
-
-
 def holds(tmp, qemu, args=(), wrapper=()):
     """
     Does this QEMU hold the guest at the destination when it is asked to?  That is
@@ -361,17 +374,13 @@ def holds(tmp, qemu, args=(), wrapper=()):
         side.launch()
         sock = stack.enter_context(socket.socket(socket.AF_UNIX))
         sock.connect(path)
-        # The file's header, the machine's name, OPEN_RETURN_PATH, PING
+        # The file's header, the machine's name
         sock.sendall(struct.pack('>4sIBI4s', b'QEVM', 3, 7, 4, b'none') +
-                     struct.pack('>BHH', 8, 1, 0) +
-                     struct.pack('>BHHI', 8, 2, 4, HOLD))
-        reply = sock.makefile('rb').read(8)
-    if len(reply) != 8 or struct.unpack('>HH', reply[:4]) != (PONG, 4):
-        raise Fault(f'{qemu} answers a PING with {reply.hex(" ") or "nothing"}')
-    value, = struct.unpack('>I', reply[4:])
-    if value not in (HOLD, HELD):
-        raise Fault(f'{qemu} answers HOLD with {value:#x}')
-    return value == HELD
+                     command(OPEN_RETURN_PATH, 0) + ping(HOLD))
+        answer = sock.makefile('rb').read(8)
+    if answer not in (message(RP_PONG, HOLD), message(RP_PONG, HELD)):
+        raise Fault(f'{qemu} answers HOLD with {answer.hex(" ") or "nothing"}')
+    return answer == message(RP_PONG, HELD)
 
 
 def guest_args(image, mib=256):

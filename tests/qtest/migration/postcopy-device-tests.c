@@ -273,6 +273,14 @@ static void side_wait_event(Side *side)
     qobject_unref(event);
 }
 
+static char *next_status(Side *side)
+{
+    while (g_queue_is_empty(&side->statuses)) {
+        side_wait_event(side);
+    }
+    return g_queue_pop_head(&side->statuses);
+}
+
 /* The next statuses must be these, in this order, with none in between. */
 static G_GNUC_NULL_TERMINATED void expect_statuses(Side *side, ...)
 {
@@ -284,10 +292,7 @@ static G_GNUC_NULL_TERMINATED void expect_statuses(Side *side, ...)
         g_autofree char *seen = NULL;
 
         step("waiting for status '%s' of the %s", status, side->name);
-        while (g_queue_is_empty(&side->statuses)) {
-            side_wait_event(side);
-        }
-        seen = g_queue_pop_head(&side->statuses);
+        seen = next_status(side);
         if (!g_str_equal(seen, status)) {
             g_error("the %s went to '%s' instead of '%s'", side->name, seen,
                     status);
@@ -980,6 +985,20 @@ static void start_postcopy(DeviceTest *t)
     expect_switchover(t);
 }
 
+/* The same in two steps, where the proxy finds no point in the stream */
+static void pause_before_switchover(DeviceTest *t)
+{
+    request_postcopy(t);
+    expect_statuses(&t->src, "pre-switchover", NULL);
+}
+
+static void continue_switchover(DeviceTest *t)
+{
+    step("continuing the migration");
+    migrate_continue(t->src.qts, "pre-switchover");
+    expect_switchover(t);
+}
+
 /* Start postcopy, and wait until the proxy is in these modes at @t->at. */
 static void postcopy_until(DeviceTest *t, FaultProxyMode to_dst,
                            FaultProxyMode to_src, const char *what)
@@ -1110,12 +1129,12 @@ static void expect_destination_fails(DeviceTest *t, const char *word)
 {
     Side *dst = &t->dst;
 
+    if (t->at.point >= FAULT_PROXY_BEHIND_PACKAGE) {
+        /* It has the package, so it has begun to load */
+        expect_statuses(dst, "postcopy-device", NULL);
+    }
+    expect_statuses(dst, "failed", NULL);
     if (t->no_exit) {
-        if (t->at.point >= FAULT_PROXY_BEHIND_PACKAGE) {
-            /* It has the package, so it has begun to load */
-            expect_statuses(dst, "postcopy-device", NULL);
-        }
-        expect_statuses(dst, "failed", NULL);
         check_error_desc(dst, word);
         wait_no_migration_threads(dst);
         check_not_resumed(dst, NULL);
@@ -1582,6 +1601,15 @@ static void run_kill(DeviceTest *t)
 
 /*** The device state does not load ***/
 
+static void run_load_error_exec(DeviceTest *t)
+{
+    pause_before_switchover(t);
+    continue_switchover(t);
+    expect_destination_fails(t, NULL);
+    expect_source_resumes(t);
+    end_on_source(t);
+}
+
 static void run_load_error(DeviceTest *t)
 {
     if (!t->virtio_mismatch) {
@@ -1747,6 +1775,32 @@ static void run_pause_prepared(DeviceTest *t)
     end_on_destination(t);
 }
 
+/* A recovery whose link is silent from the beginning: the guest must not mind. */
+static void run_pause_recovering(DeviceTest *t)
+{
+    postcopy_until(t, FAULT_PROXY_HOLD, FAULT_PROXY_HOLD,
+                   "the link to be held");
+    expect_statuses(&t->src, "postcopy-active", NULL);
+    expect_statuses(&t->dst, "postcopy-device", NULL);
+    cut_before_start(t);
+
+    fault_proxy_set_mode(t->proxy, FAULT_PROXY_STALL, FAULT_PROXY_STALL);
+    start_recovery(t);
+    check_qmp_answers(&t->dst);
+
+    step("pausing the destination");
+    migrate_pause(t->dst.qts);
+    expect_statuses(&t->dst, "postcopy-paused", NULL);
+    fault_proxy_cut(t->proxy);
+    expect_statuses(&t->src, "postcopy-paused", NULL);
+
+    recover(t);
+    expect_statuses(&t->dst, "postcopy-active", NULL);
+    expect_completed(t);
+    expect_resume(&t->dst);
+    end_on_destination(t);
+}
+
 /*
  * A destination that cannot be held has run the guest: the disk is not as the
  * source knows it, even when it is free again.
@@ -1814,11 +1868,20 @@ static void run_cancel_stalled(DeviceTest *t)
 /* The destination is frozen; when it thaws it must not run the guest. */
 static void run_cancel_frozen(DeviceTest *t)
 {
+    g_autofree char *status = NULL;
+
     freeze(t);
     cancel(t);
     expect_guest_back(t);
     kill(qtest_pid(t->dst.qts), SIGCONT);
-    expect_destination_fails(t, NULL);
+    expect_statuses(&t->dst, "postcopy-device", NULL);
+    step("waiting for the destination to find the link broken");
+    /* By then it may have loaded the devices */
+    status = next_status(&t->dst);
+    if (!g_str_equal(status, "failed")) {
+        g_assert_cmpstr(status, ==, "postcopy-paused");
+    }
+    check_not_resumed(&t->dst, NULL);
     end_on_source(t);
 }
 
@@ -1835,12 +1898,10 @@ static void run_cancel_before_pong(DeviceTest *t)
 /* Nothing but the end of the processes would break the link. */
 static void run_cancel_exec(DeviceTest *t)
 {
-    request_postcopy(t);
-    expect_statuses(&t->src, "pre-switchover", NULL);
+    pause_before_switchover(t);
     step("freezing the destination");
     kill(qtest_pid(t->dst.qts), SIGSTOP);
-    migrate_continue(t->src.qts, "pre-switchover");
-    expect_switchover(t);
+    continue_switchover(t);
 
     expect_cancel_refused(t, "end the process that carries it");
     check_qmp_answers(&t->src);
@@ -1854,8 +1915,8 @@ static void run_cancel_exec(DeviceTest *t)
         kill(back, SIGKILL);
     }
     expect_source_resumes(t);
-    kill(qtest_pid(t->dst.qts), SIGCONT);
-    expect_destination_fails(t, NULL);
+    /* What has got through may be all of the package, or not */
+    qtest_crash_qemu(t->dst.qts);
     end_on_source(t);
 }
 
@@ -1993,12 +2054,9 @@ static void run_quit(DeviceTest *t)
 static void switch_over_tls(DeviceTest *t, FaultProxyMode to_dst,
                             FaultProxyMode to_src)
 {
-    request_postcopy(t);
-    expect_statuses(&t->src, "pre-switchover", NULL);
+    pause_before_switchover(t);
     fault_proxy_set_mode(t->proxy, to_dst, to_src);
-    step("continuing the migration");
-    migrate_continue(t->src.qts, "pre-switchover");
-    expect_switchover(t);
+    continue_switchover(t);
 }
 
 static void run_tls_success(DeviceTest *t)
@@ -2262,6 +2320,9 @@ static const TestCase tests[] = {
     { "load-error/mismatch", run_load_error, 0,
       { .at = BEHIND_PACKAGE, .no_exit = true, .virtio = true,
         .virtio_mismatch = true } },
+    { "load-error/exec", run_load_error_exec, 0,
+      { .at = BEHIND_PACKAGE, .exec = true, .virtio = true,
+        .virtio_mismatch = true } },
     { "preempt/load-error/plain", run_load_error, 0,
       { .at = BEHIND_PACKAGE, .preempt = true } },
     { "preempt/load-error/no-exit", run_load_error, 0,
@@ -2293,6 +2354,8 @@ static const TestCase tests[] = {
       { .at = BEHIND_PONG, .preempt = true, .oob = true } },
     { "pause/prepared", run_pause_prepared, 0,
       { .at = BEHIND_PONG, .oob = true } },
+    { "pause/recovering", run_pause_recovering, 0,
+      { .at = BEHIND_PONG, .oob = true } },
     { "in-doubt/no-hold", run_in_doubt_no_hold, 0,
       { .no_hold = true, .disk = true } },
     { "cut/before-shut", run_cut_before_shut, 0, { .at = BEFORE_SHUT } },
@@ -2300,8 +2363,9 @@ static const TestCase tests[] = {
     /* The user cancels the migration */
     { "cancel/active", run_cancel_active },
     { "cancel/stalled", run_cancel_stalled },
-    { "cancel/frozen/plain", run_cancel_frozen },
-    { "cancel/frozen/paused", run_cancel_frozen, 0, { .paused = true } },
+    { "cancel/frozen/plain", run_cancel_frozen, 0, { .no_exit = true } },
+    { "cancel/frozen/paused", run_cancel_frozen, 0,
+      { .no_exit = true, .paused = true } },
     { "cancel/before-pong", run_cancel_before_pong },
     { "preempt/cancel", run_cancel_before_pong, 0, { .preempt = true } },
     { "cancel/exec/plain", run_cancel_exec, 0, { .exec = true } },
@@ -2397,7 +2461,8 @@ static const TestCase tests[] = {
     { "multifd/cancel/active", run_cancel_active, 0, { .multifd = true } },
     { "multifd/cancel/stalled", run_cancel_stalled, 0, { .multifd = true } },
     { "multifd/cancel/drain", run_drain_cancel, 0, { .multifd = true } },
-    { "multifd/cancel/frozen", run_cancel_frozen, 0, { .multifd = true } },
+    { "multifd/cancel/frozen", run_cancel_frozen, 0,
+      { .multifd = true, .no_exit = true } },
     { "multifd/cancel/before-pong", run_cancel_before_pong, 0,
       { .multifd = true } },
     { "multifd/retry/plain", run_retry, 0,
