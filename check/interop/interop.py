@@ -11,14 +11,15 @@ import glob
 import os
 import subprocess
 import sys
+import tempfile
 import time
 
 sys.dont_write_bytecode = True          # the sources stay as they are
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '../lib'))
 from twoqemu import (                                   # noqa: E402
-    BITMAP_NODE, ENDS, Fault, Halt, MIB, Relay, Side, await_guest,
-    build_guest, check_memory, check_running, deadline, guest_args,
-    holds, parse_args, precopy_with_nothing_left, run_test,
+    BITMAP_NODE, ENDS, Fault, Halt, MIB, RP_SHUT, Relay, Side, Withhold,
+    await_guest, build_guest, check_memory, check_running, deadline,
+    guest_args, holds, loaded, parse_args, precopy_with_nothing_left, run_test,
     start_migration, timeline)
 
 
@@ -45,21 +46,32 @@ SENT_BEFORE_POSTCOPY = 8 * MIB
 CASES = {
     'success': 'all goes well',
     'cut': 'the link breaks in the middle of the package',
+    'release-ram': 'the same, with release-ram',
     'kill': 'the destination is killed as it receives the package',
+    'kill-sent': 'the same, when all of a paused guest has been sent',
     'load': 'the destination lacks a device',
-    'sent': 'the same, when all of a paused guest has been sent',
+    'load-sent': 'the same, when all of a paused guest has been sent',
+    'pong': 'the link breaks as the destination reports that it is ready',
+    'shut': 'the link breaks at the end, before the source knows of it',
 }
+MOVES = 'success', 'shut'               # and the guest stays there
+
+
+class Endless(Fault):
+    """Nothing happens any more"""
+
 
 class Peer:
     """A QEMU, and how it is run"""
 
-    def __init__(self, path):
+    def __init__(self, name, path, tmp):
         self.qemu, self.wrapper, self.args = path, (), []
         if os.path.isdir(path):
             self._use_root(path)
         version = subprocess.run([*self.wrapper, self.qemu, '--version'],
                                  stdout=subprocess.PIPE, text=True, check=True)
-        self.version = version.stdout.split()[3]
+        self.name = f'{version.stdout.split()[3]} ({name})'
+        self.patched = holds(tmp, self.qemu, self.args, self.wrapper)
 
     def _use_root(self, root):
         libs = [os.path.join(root, lib, 'x86_64-linux-gnu')
@@ -75,82 +87,104 @@ class Peer:
     def side(self, name, tmp, args):
         return Side(name, tmp, self.qemu, args + self.args, self.wrapper)
 
-    def holds(self, tmp):
-        return holds(tmp, self.qemu, self.args, self.wrapper)
+
+def make_relay(case, *paths):
+    if case in ('cut', 'release-ram', 'kill', 'kill-sent'):
+        return Halt(*paths)
+    if case == 'pong':
+        return Withhold(*paths, loaded)
+    if case == 'shut':
+        return Withhold(*paths, lambda kind, body: kind == RP_SHUT)
+    return Relay(*paths)
 
 
 def await_end(source, destination, case, relay):
     """Until the guest's place is decided"""
-    if isinstance(relay, Halt):
-        relay.reached.wait()
-        if case == 'kill':
+    if case not in ('success', 'load', 'load-sent'):
+        # An old source does not ask whether the destination is ready
+        while not relay.reached.wait(0.05):
+            if source.next_event(0.05) in ENDS:
+                return
+        if case.startswith('kill'):
             destination.kill()
         relay.close()
+    source.await_event(*ENDS)
     if case == 'success':
-        for side in source, destination:
-            side.await_event(*ENDS)
+        destination.await_event(*ENDS)
+    if case in MOVES:
         destination.await_event('RESUME')
         return
-    source.await_event(*ENDS)
-    destination.exited.wait(10)
+    if case != 'pong':
+        destination.exited.wait(10)
     # An old source may say "failed" and leave the guest stopped.
     late = time.monotonic() + 10
     while (source.states()[-1] == 'failed' and time.monotonic() < late
-           and case != 'sent' and ('RESUME', 'RESUME') not in source.seen()):
+           and not case.endswith('-sent')
+           and ('RESUME', 'RESUME') not in source.seen()):
         source.next_event(0.5)
 
 
-def judge(source, destination, case, expected, at_least, patched_source):
+def judge(source, destination, case, expected, at_least, peers):
     """Returns what has become of the guest, if that is as good as can be."""
-    if case == 'success':
-        if source.states()[-1] != 'completed':
-            raise Fault(f'the source says {source.states()[-1]}')
-        if source.run_state() == 'running':
-            raise Fault('SPLIT: the guest runs on both sides')
-        at_least = source.counter()
-        check_running(destination, expected, at_least)
-        if source.counter() != at_least:
-            raise Fault('SPLIT: guest memory goes on changing on the source')
-        return 'runs at the destination'
-    if ('RESUME', 'RESUME') in destination.seen():
-        raise Fault('SPLIT: the guest has run on the destination as well')
-    # 1 is what QEMU exits with when it has reported an error.  Old ones may
-    # crash or hang then; what counts is the guest.
-    code = destination.vm.exitcode()
-    if case != 'kill' and code != 1 and not patched_source:
-        raise Fault(f'the destination has not ended with 1 but {code}')
-    state, status = source.run_state(), source.states()[-1]
-    if case == 'sent' and (state, status) == ('paused', 'failed'):
+    # It reports an error, and ends.  An old one may crash then.
+    if (peers[1].patched and destination.exited.is_set()
+            and not case.startswith('kill')
+            and destination.vm.exitcode() != 1):
+        raise Fault('the destination has ended with '
+                    f'{destination.vm.exitcode()}')
+    status = source.states()[-1]
+    if case.endswith('-sent') and (source.run_state(), status) == ('paused',
+                                                                   'failed'):
         source.vm.cmd('cont')
-        state = source.run_state()
-    if state == 'running':
+    runs = [side for side in (source, destination)
+            if side.run_state() == 'running']
+    if len(runs) == 2:
+        verdict = f'runs on both sides ({status})'
+        if peers[0].patched:
+            raise Fault(verdict)
+        return verdict
+    if runs == [source]:
+        if ('RESUME', 'RESUME') in destination.seen():
+            raise Fault('it has run on the destination as well')
+        if case in MOVES:
+            raise Fault(f'it runs at the source ({status})')
         check_running(source, expected, at_least)
         return f'back at the source ({status})'
-    if state != 'gone':
-        check_memory(source, expected)
-    if patched_source:
-        raise Fault(f'LOST: the source is {state}, the migration {status}')
-    return f'lost (source {state}, {status})'
+    if runs == [destination]:
+        if case not in (*MOVES, 'pong'):
+            raise Fault('it runs at the destination')
+        if source.run_state() != 'gone':
+            at_least = source.counter()
+        check_running(destination, expected, at_least)
+        if source.run_state() != 'gone' and source.counter() != at_least:
+            raise Fault('guest memory goes on changing on the source')
+        return f'runs at the destination ({status})'
+    verdict = f'lost (source {source.run_state()}, {status})'
+    if peers[0].patched:
+        raise Fault(verdict)
+    return verdict
 
 
-def run_case(case, tmp, guest, peers, patched):
+def run_case(case, tmp, guest, peers):
     """Returns what has become of the guest."""
     image, expected = guest
-    all_sent = case == 'sent'
+    all_sent = case.endswith('-sent')
     # Its state does not depend on the guest, and is loaded by all versions.
     watchdog = ['-device', 'i6300esb']
     args = ['-machine', MACHINE] + guest_args(image) + BITMAP_NODE
     source = peers[0].side('source', tmp, args + watchdog)
     destination = peers[1].side('destination', tmp, args + (
-        [] if case in ('load', 'sent') else watchdog) + ['-incoming', 'defer'])
+        [] if case.startswith('load') else watchdog) + ['-incoming', 'defer'])
     paths = os.path.join(tmp, 'relay'), os.path.join(tmp, 'incoming')
     with contextlib.ExitStack() as stack:
-        stack.enter_context(deadline('this case', 90))
         for side in source, destination:
             stack.callback(side.vm.shutdown, hard=True)
             side.launch()
             side.enable(*(['dirty-bitmaps'] if all_sent else []))
-        await_guest(source)
+        if case == 'release-ram':
+            source.enable(case)
+        with deadline('the start of the guest', 60):
+            await_guest(source)
         source.vm.cmd('stop')
         at_least = check_memory(source, expected)
         if not all_sent:
@@ -158,22 +192,21 @@ def run_case(case, tmp, guest, peers, patched):
         source.vm.cmd('migrate-set-parameters', max_bandwidth=32 * MIB)
         if all_sent:
             precopy_with_nothing_left(source)
-        relay = {'cut': Halt, 'kill': Halt}.get(case, Relay)(*paths)
+        relay = make_relay(case, *paths)
         stack.callback(relay.close)
         source.note_events()
         source.report.clear()
         start = time.time()
         try:
-            start_migration(source, destination, 'unix:' + relay.path,
-                            None if all_sent else SENT_BEFORE_POSTCOPY)
-            await_end(source, destination, case, relay)
-            for side in source, destination:
-                side.note_events()
-            if peers[0] is patched and ('postcopy-device'
-                                        not in source.states()):
-                raise Fault('the source was not in postcopy-device')
-            return judge(source, destination, case, expected, at_least,
-                         peers[0] is patched)
+            with deadline('the migration', 60, Endless):
+                start_migration(source, destination, 'unix:' + relay.path,
+                                None if all_sent else SENT_BEFORE_POSTCOPY)
+                await_end(source, destination, case, relay)
+                for side in source, destination:
+                    side.note_events()
+            with deadline('a look at the guest', 60):
+                return judge(source, destination, case, expected, at_least,
+                             peers)
         except Fault:
             for side in source, destination:
                 with contextlib.suppress(Fault, QMPError, OSError):
@@ -182,55 +215,53 @@ def run_case(case, tmp, guest, peers, patched):
             raise
 
 
-def run_peer(name, peer, patched, tmp, guest):
-    """Returns (peer, direction, case, verdict) of each case."""
-    rows = []
-    for direction, pair in (('to', (patched, peer)),
-                            ('from', (peer, patched))):
-        for case in CASES:
-            if case == 'sent' and direction == 'from':
-                continue        # an old source loses the guest, or hangs
-            case_tmp = os.path.join(tmp, f'{name}-{direction}-{case}')
-            os.mkdir(case_tmp)
+def run_pair(pair, tmp, guest):
+    """Returns {case: what has become of the guest}."""
+    verdicts = {}
+    for case in CASES:
+        with tempfile.TemporaryDirectory(dir=tmp) as case_tmp:
             try:
-                verdict = run_case(case, case_tmp, guest, pair, patched)
+                verdict = run_case(case, case_tmp, guest, pair)
+            except Endless as err:
+                verdict = f'{"FAILED: " if pair[0].patched else ""}{err}'
             except (Fault, QMPError, OSError) as err:
                 verdict = f'FAILED: {type(err).__name__}: {err}'
-            row = f'{peer.version} ({name})', direction, case, verdict
-            print(f'{direction:<4} {row[0]}, {case}: {verdict}', flush=True)
-            rows.append(row)
-    return rows
+        print(f'{pair[0].name} -> {pair[1].name}, {case}: {verdict}',
+              flush=True)
+        verdicts[case] = verdict
+    return verdicts
 
 
 def run_all(tmp):
     """Returns the exit status."""
     guest = build_guest(tmp)
-    patched = Peer(OPTS.qemu)
-    print(f'{OPTS.qemu} is QEMU {patched.version}; machine {MACHINE}')
-    if not patched.holds(tmp):
-        raise Fault('it was built without the series')
+    this = Peer('the series', OPTS.qemu, tmp)
+    if not this.patched:
+        raise Fault(f'{OPTS.qemu} was built without the series')
     for case, title in CASES.items():
-        print(f'   {case:<8} {title}')
-    skipped, rows = OPTS.skip, []
+        print(f'   {case:<12} {title}')
+    skipped, pairs = OPTS.skip, []
     for name, path in OPTS.peer:
         try:
-            peer = Peer(path)
+            peer = Peer(name, path, tmp)
         except (OSError, IndexError, subprocess.CalledProcessError) as err:
             skipped.append((name, f'it does not run: {err}'))
             continue
-        if peer.holds(tmp):
-            raise Fault(f'the peer {name} was built with the series')
-        rows += run_peer(name, peer, patched, tmp, guest)
+        pairs += (this, peer), (peer, this)
+    table = {pair: run_pair(pair, tmp, guest) for pair in pairs}
 
     print('\nWhat becomes of the guest')
-    for peer, direction, case, verdict in rows:
-        print(f'{peer:<30} {direction:<5} {case:<8} {verdict}')
+    for pair, verdicts in table.items():
+        print(f'{pair[0].name} -> {pair[1].name}')
+        for case, verdict in verdicts.items():
+            print(f'    {case:<12} {verdict}')
     for name, reason in skipped:
         print(f'{name:<30} skipped: {reason}')
-    failed = sum(verdict.startswith('FAILED') for *_, verdict in rows)
-    print(f'{len(rows) - failed} passed, {failed} failed, '
+    verdicts = [verdict for row in table.values() for verdict in row.values()]
+    failed = sum(verdict.startswith('FAILED') for verdict in verdicts)
+    print(f'{len(verdicts) - failed} passed, {failed} failed, '
           f'{len(skipped)} skipped')
-    return 1 if failed else 0 if rows else 77
+    return 1 if failed else 0 if verdicts else 77
 
 
 sys.exit(run_test('interop', run_all))
