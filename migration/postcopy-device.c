@@ -237,12 +237,15 @@ void postcopy_device_rp_closed(MigrationState *s)
 static bool postcopy_device_wait_drained(MigrationState *s, Error **errp)
 {
     PostcopyDeviceSource *pd = &s->postcopy_device;
-    int64_t us = qemu_clock_get_us(QEMU_CLOCK_REALTIME);
+    int64_t us;
 
     if (!migrate_postcopy_ram()) {
         return true;
     }
 
+    ram_postcopy_discard_early(s);
+
+    us = qemu_clock_get_us(QEMU_CLOCK_REALTIME);
     qemu_savevm_send_ping(s->to_dst_file, QEMU_VM_PING_POSTCOPY_HOLD);
     if (!migration_wait(s, MIGRATION_STATUS_ACTIVE, &pd->hold_answered, errp)) {
         return false;

@@ -188,6 +188,8 @@ typedef struct DeviceTest {
     bool exec;
     /* The source throttles its CPUs before the switchover */
     bool throttle;
+    /* The source logs what the destination is to throw away */
+    bool log_discards;
     /*
      * What the source has to do in this order, checked when it has ended: its
      * statuses, "notify" and the type of a notification, "running" when the
@@ -490,6 +492,31 @@ static char *log_opts(void)
                            "-trace postcopy_device_drained "
                            "-trace qemu_announce_self_iter "
                            "-trace runstate_set", path);
+}
+
+static char *log_discards_opts(void)
+{
+    g_autofree char *path = tmp_path("src_log");
+
+    return g_strdup_printf("-D %s -trace postcopy_discard_send_range "
+                           "-trace postcopy_device_drained", path);
+}
+
+/* All of them must be sent before the guest is stopped */
+static void check_discards(void)
+{
+    g_autofree char *path = tmp_path("src_log");
+    g_autofree char *text = NULL;
+    char *stop;
+
+    step("reading the log of the source");
+    g_assert(g_file_get_contents(path, &text, NULL, NULL));
+    stop = strstr(text, "postcopy_device_drained ");
+    g_assert(stop);
+    g_assert(!strstr(stop, "postcopy_discard_send_range "));
+    *stop = 0;
+    g_assert(strstr(text, "postcopy_discard_send_range "));
+    unlink(path);
 }
 
 static char *log_parse_line(const char *line)
@@ -895,7 +922,8 @@ static bool device_test_start(DeviceTest *t, bool hide_stderr)
                        t->xhci ? XHCI_OPTS :
                        t->vmgenid ? VMGENID_OPTS :
                        t->log ? NIC_OPTS " " NODE_OPTS : NODE_OPTS;
-    g_autofree char *log = t->log ? log_opts() : NULL;
+    g_autofree char *log = t->log ? log_opts() :
+                           t->log_discards ? log_discards_opts() : NULL;
     g_autofree char *disk = t->disk ? disk_opts() : g_strdup("");
     g_autofree char *queues = t->queues ?
             g_strdup_printf(",num-queues=%u", t->queues) : g_strdup("");
@@ -1252,6 +1280,16 @@ static void run_success(DeviceTest *t)
     hold_pong(t);
     complete(t);
     g_assert(migrate_has_marker(t->src.qts) != t->release_ram);
+    end_on_destination(t);
+}
+
+/* A guest that is paused dirties nothing while the link is drained */
+static void run_discards(DeviceTest *t)
+{
+    hold_pong(t);
+    complete(t);
+    wait_no_migration_threads(&t->src);
+    check_discards();
     end_on_destination(t);
 }
 
@@ -2250,6 +2288,8 @@ static const TestCase tests[] = {
     { "drain/cancel/preempt", run_drain_cancel, 0, { .preempt = true } },
 
     /* Pages are sent ahead */
+    { "ahead/discards", run_discards, 0,
+      { .paused = true, .log_discards = true } },
     { "ahead/virtio", run_ahead, CLEAN, { .virtio = true } },
     { "ahead/queues", run_ahead, CLEAN, { .virtio = true, .queues = 512 } },
     { "ahead/xhci", run_ahead, CLEAN, { .xhci = true } },
