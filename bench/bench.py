@@ -101,6 +101,7 @@ class Setup(typing.NamedTuple):
     idle: bool = False      # or it dirties all that it uses, all the time
     mib: int = 256
     wide: bool = False      # it has and uses memory from 4 GiB on
+    scattered: bool = False     # it uses every second page
 
 
 class Watch(Withhold):
@@ -159,7 +160,7 @@ class Pair:
     # pylint: disable=too-many-arguments
     def __init__(self, tmp, qemu, stack, mib=256, fill=32, idle=True, args=(),
                  source_args=(), capabilities=(), wrapper=(), bandwidth=0,
-                 wide=False):
+                 wide=False, scattered=False):
         self.tmp = tmp
         image = os.path.join(tmp, 'guest.img')
         # Memory that the host has to find first would be most of the time.
@@ -169,8 +170,9 @@ class Pair:
             start = ['-cpu', 'max', '-machine',
                      f'pc,max-ram-below-4g={mib - fill}M']
         else:
-            assemble_guest(image, PATTERN_SIZE=4096, COUNTERS_SIZE=fill * MIB,
-                           IDLE=int(idle))
+            step = 1 + scattered
+            assemble_guest(image, PATTERN_SIZE=4096, STRIDE=4096 * step,
+                           COUNTERS_SIZE=fill * step * MIB, IDLE=int(idle))
             start = ['-mem-prealloc']
         args = guest_args(image, mib) + start + list(args)
         self.source = Side('source', tmp, qemu, args + list(source_args))
@@ -210,6 +212,7 @@ class Pair:
 def measure_pause(tmp, qemu, stack, link, setup):
     pair = Pair(tmp, qemu, stack, mib=setup.mib, fill=setup.fill,
                 idle=setup.idle, args=DEVICES[setup.disks], wide=setup.wide,
+                scattered=setup.scattered,
                 wrapper=link.wrapper if setup.link else (),
                 bandwidth=setup.bandwidth)
     uri = {}
@@ -304,6 +307,9 @@ def pauses(link):
     if link:
         yield ('full speed: 1 Gbit/s, 1 disk, 300 MiB dirty',
                Setup(SATURATED['1 Gbit/s'], 1, 300, 0, mib=512))
+        yield ('full speed: 1 Gbit/s, 1 disk, 300 MiB dirty, scattered',
+               Setup(SATURATED['1 Gbit/s'], 1, 300, 0, mib=768,
+                     scattered=True))
 
 
 def cases(link):

@@ -5,7 +5,8 @@
  * With IDLE, does nothing after the first 'B'.
  *
  * twoqemu.py defines PATTERN, PATTERN_SIZE, COUNTERS, COUNTERS_SIZE (physical
- * addresses and bytes), MUL and ADD of the pattern's generator, and IDLE.
+ * addresses and bytes), STRIDE (bytes from one counter to the next), MUL and
+ * ADD of the pattern's generator, and IDLE.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -51,7 +52,7 @@ pass:
         movl    $COUNTERS, %edi
 page:
         incl    (%edi)
-        addl    $4096, %edi
+        addl    $STRIDE, %edi
         cmpl    $COUNTERS + COUNTERS_SIZE, %edi
         jb      page
         loop    pass

@@ -28,7 +28,7 @@ MIB = 1 << 20
 GUEST = {
     'PATTERN': 16 * MIB, 'PATTERN_SIZE': 32 * MIB,
     'COUNTERS': 64 * MIB, 'COUNTERS_SIZE': 64 * MIB,
-    'MUL': 1664525, 'ADD': 1013904223, 'IDLE': 0,
+    'STRIDE': 4096, 'MUL': 1664525, 'ADD': 1013904223, 'IDLE': 0,
 }
 
 ENDS = ('completed', 'failed', 'cancelled', 'postcopy-paused')
