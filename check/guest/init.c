@@ -8,6 +8,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/fs.h>
 #include <net/if.h>
 #include <netinet/ip_icmp.h>
 #include <pthread.h>
@@ -21,13 +22,15 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, MEMORY_PAGES = 48 * 256, DISK_PAGES = 16 * 256 };
+enum { PAGE = 4096, MEMORY_PAGES = 48 * 256, DISK_PAGES = 16 * 256,
+       CLUSTER = 16 };      /* of qcow2, in pages */
 
 typedef uint64_t Page[PAGE / 8];
 
 static Page memory[MEMORY_PAGES];
 static uint64_t on_disk[DISK_PAGES];    /* the generation of each page */
 static volatile unsigned memory_count, disk_count, net_count;
+static char iommu[32] = "none\n";
 
 static long must(const char *what, long result)
 {
@@ -67,12 +70,15 @@ static void write_file(const char *path, const char *text)
 /*
  * Entry 247 of a used ring is the first one that is in two pages.  Behind an
  * IOMMU, QEMU 10.0.13 writes half of it to a wrong page, with or without
- * migration.  A device gets new rings here after fewer requests than that.
+ * migration.  There, a device gets new rings after fewer requests than that.
  */
 static void new_rings(const char *driver, const char *device)
 {
     char path[64];
 
+    if (strcmp(iommu, "none\n") == 0) {
+        return;
+    }
     sprintf(path, "/sys/bus/virtio/drivers/%s/unbind", driver);
     write_file(path, device);
     sprintf(path, "/sys/bus/virtio/drivers/%s/bind", driver);
@@ -90,6 +96,15 @@ static _Noreturn void *use_memory(void *unused)
     }
 }
 
+/* Have these pages read as zeroes, and the image change its tables. */
+static void discard(int fd, int first, int pages)
+{
+    uint64_t range[] = { first * PAGE, pages * PAGE };
+
+    must("discard", ioctl(fd, BLKDISCARD, range));
+    memset(&on_disk[first], 0, pages * sizeof(on_disk[0]));
+}
+
 static _Noreturn void *use_disk(void *unused)
 {
     static _Alignas(PAGE) Page page;
@@ -98,7 +113,7 @@ static _Noreturn void *use_disk(void *unused)
     for (uint64_t generation = 1;; generation++) {
         int i = random() % DISK_PAGES;
 
-        if (generation % 100 == 1) {
+        if (generation % 80 == 1) {
             close(fd);
             new_rings("virtio_blk", "virtio0");
             fd = must("disk", open("/dev/vda", O_RDWR | O_DIRECT));
@@ -109,6 +124,10 @@ static _Noreturn void *use_disk(void *unused)
         i = random() % DISK_PAGES;
         must("read", pread(fd, page, PAGE, i * PAGE));
         check("disk", page, on_disk[i], i);
+        if (generation % 8 == 0) {
+            i = random() % DISK_PAGES;
+            discard(fd, i - i % CLUSTER, CLUSTER);
+        }
         disk_count++;
         usleep(5000);
     }
@@ -163,7 +182,7 @@ static _Noreturn void *use_net(void *unused)
 int main(void)
 {
     void *(*uses[])(void *) = { use_memory, use_disk, use_net };
-    char path[32], iommu[32] = "none\n";
+    char path[32];
     pthread_t thread;
     int fd;
 
