@@ -9,6 +9,40 @@ need() { "$top/scripts/install-deps" "$@" || skip "cannot get the packages $*"; 
 # tools NAME...: what this check needs of the machine
 tools() { for t; do command -v "$t" >/dev/null || skip "there is no $t here"; done; }
 
+# debian_root SUITE DEBS ROOT PACKAGE...: have these packages of SUITE, and all that
+# they need, unpacked in ROOT, for amd64.  They are kept in DEBS in the user's cache;
+# who removes that gets newer ones.  If it cannot be done, it prints why.
+debian_root() (
+    suite=$1 debs=$cache/$2 root=$3 new=$3.new
+    shift 3
+    at_exit 'rm -rf "$new"'
+    rm -rf "$new"
+    mkdir -p "$new/root"
+    if ! kept "$debs"; then
+        need_space "$out" 2000
+        note "downloading $* of Debian's $suite"
+        apt="$new/apt/apt.conf"
+        "$top/scripts/apt-private" "$new/apt" deb "${suite%-backports}" "$suite" &&
+            mkdir -p "$new/apt/cache/archives/partial" &&
+            # With nothing installed, nothing is left out.
+            : >"$new/apt/status" &&
+            apt-get -c "$apt" -oDir::State::status="$new/apt/status" -q -y \
+                --no-install-recommends -t "$suite" --download-only \
+                install "$@" >"$new/log" 2>&1 &&
+            rm -rf "$new/apt/cache/archives/partial" "$new/apt/cache/archives/lock" &&
+            keep "$new/apt/cache/archives" "$debs" ||
+            { echo "Debian's archive does not give it"; exit 1; }
+    fi
+    ! cmp -s "$debs/SHA256SUMS" "$root.debs" || exit 0
+    note "unpacking $* of Debian's $suite"
+    for deb in "$debs"/*.deb; do
+        dpkg-deb -x "$deb" "$new/root" ||
+            { echo "it cannot be unpacked from $debs"; exit 1; }
+    done
+    rm -rf "$root" "$root.debs"
+    mv "$new/root" "$root" && cp "$debs/SHA256SUMS" "$root.debs"
+)
+
 # readme BEGIN: the commands in the README that begin so, up to an empty line
 readme() {
     sed -n "/^    $1/,/^\$/p" "$top/README.md" |

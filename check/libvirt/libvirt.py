@@ -26,38 +26,35 @@ from twoqemu import (                                   # noqa: E402
 
 LIMIT = 120             # seconds for anything that is awaited
 
-# What a machine is: a root of its own, on top of this machine's, with libvirt.
-# Its process 1 does nothing but to make the kernel reap what others leave.
+# What a machine is: a root of its own, the one with libvirt.  Its process 1 does
+# nothing but to make the kernel reap what others leave.
 MACHINE = '''
 read pid _ </proc/self/stat
 mount -t tmpfs machine "$mnt"
-mkdir "$mnt/work" "$mnt/root"
-cp -a "$libvirt" "$mnt/upper"       # layers must not be inside each other
+mkdir "$mnt/work" "$mnt/upper" "$mnt/root"
 mount -t overlay overlay "$mnt/root" \
-    -o "lowerdir=/,upperdir=$mnt/upper,workdir=$mnt/work"
+    -o "lowerdir=$libvirt,upperdir=$mnt/upper,workdir=$mnt/work"
 cd "$mnt/root"
 mount -t proc proc proc
 mount -t sysfs sysfs sys
-for dir in dev run etc/libvirt etc/pki var/lib/libvirt var/cache/libvirt; do
-    mkdir -p $dir
-    mount -t tmpfs tmpfs $dir
-done
-mkdir -p dev/shm dev/pts etc/pki/CA etc/pki/libvirt/private etc/pki/qemu
+mkdir -p dev/shm dev/pts etc/libvirt etc/pki/CA etc/pki/libvirt/private \
+    etc/pki/qemu
+mount --bind run var/run
 for dev in null zero full random urandom; do
     touch dev/$dev
     mount --bind /dev/$dev dev/$dev
 done
 for dir in "$qemu" "$shared"; do
-    [ "$dir" != / ] || continue
     mkdir -p "./$dir"
     mount --bind "$dir" "./$dir"
 done
+for id in root:x:0:0 libvirt-qemu:x:64055:64055; do
+    echo "$id::/:/bin/false" >>etc/passwd
+    echo "${id%:*}:" >>etc/group
+done
 hostname "$name"
 ip link set lo up
-exec chroot . sh -c '
-    echo libvirt-qemu:x:64055:64055::/:/bin/false >>/etc/passwd
-    echo libvirt-qemu:x:64055: >>/etc/group
-    echo "ready $0"
+exec chroot . sh -c 'echo "ready $0"
     exec env --ignore-signal=CHLD sleep infinity' "$pid"
 '''
 
@@ -141,12 +138,6 @@ def await_(what, holds, limit=LIMIT):
         if not NEWS.wait_for(holds, limit):
             raise Fault(f'no {what} within {limit} s')
     return holds()
-
-
-def mount_point(path):
-    while not os.path.ismount(path):
-        path = os.path.dirname(path)
-    return path
 
 
 def peer_pid(sock):
@@ -259,7 +250,7 @@ class Virsh:
 class Machine:
     """One of the two machines.  QEMUS are those that have run on it."""
 
-    def __init__(self, name, tmp, opts, stack):
+    def __init__(self, name, tmp, libvirt, stack):
         self.name, self.tmp = name, tmp
         self.qemus = []
         self.log = os.path.join(tmp, name + '.log')
@@ -275,7 +266,7 @@ class Machine:
                  '--uts', '--net', '--ipc', '--pid', '--fork',
                  '--kill-child=KILL', 'sh', '-ec', MACHINE],
                 env=dict(os.environ, mnt=mnt, name=name, shared=tmp,
-                         libvirt=opts.root, qemu=mount_point(opts.qemu)),
+                         libvirt=libvirt, qemu=os.path.dirname(OPTS.qemu)),
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, text=True)
         finally:
@@ -391,31 +382,37 @@ class Machine:
 
 
 class Hold(Relay):
-    """Withholds, from hold() to release(), what the destination answers."""
+    """From hold(WAY) to release(WAY), the main channel carries nothing that way."""
 
     def __init__(self, path, destination):
-        self.lock = threading.Lock()
-        self.withheld = None
+        self.locks = {'forward': threading.Lock(), 'back': threading.Lock()}
+        self.withheld = {}
         super().__init__(path, destination)
 
+    def forward(self, link):
+        self._pass('forward', link.number, link.source_end,
+                   link.destination_end)
+
     def back(self, link):
-        while data := link.destination_end.recv(65536):
-            with self.lock:
-                # Other links have nothing to withhold but a TLS handshake.
-                if self.withheld is None or link.number:
-                    link.source_end.sendall(data)
+        self._pass('back', link.number, link.destination_end, link.source_end)
+
+    def _pass(self, way, number, end, other):
+        while data := end.recv(65536):
+            with self.locks[way]:
+                if number == 0 and way in self.withheld:
+                    self.withheld[way].append((other, data))
+                    tell()
                 else:
-                    self.withheld.append((link.source_end, data))
+                    other.sendall(data)
 
-    def hold(self):
-        with self.lock:
-            self.withheld = []
+    def hold(self, way):
+        with self.locks[way]:
+            self.withheld[way] = []
 
-    def release(self):
-        with self.lock:
-            for sock, data in self.withheld:
+    def release(self, way):
+        with self.locks[way]:
+            for sock, data in self.withheld.pop(way):
                 sock.sendall(data)
-            self.withheld = None
 
 
 def check_states(*states):
@@ -427,11 +424,11 @@ def check_states(*states):
 class Pair:
     """Two machines with libvirt, a network between them, and a guest"""
 
-    def __init__(self, tmp, opts, stack):
-        self.tmp, self.opts = tmp, opts
+    def __init__(self, tmp, libvirt, stack):
+        self.tmp = tmp
         self.image, self.expected = build_guest(tmp)
         self.uuid = uuid.uuid4()
-        self.machines = [Machine(name, tmp, opts, stack)
+        self.machines = [Machine(name, tmp, libvirt, stack)
                          for name in ('source', 'destination')]
         self.source, self.destination = self.machines
         subprocess.run(['nsenter', '-t', str(self.source.pid), '--net',
@@ -481,7 +478,7 @@ class Pair:
     def start_guest(self):
         xml = os.path.join(self.tmp, 'guest.xml')
         with open(xml, 'w', encoding='ascii') as out:
-            out.write(DOMAIN.format(uuid=self.uuid, qemu=self.opts.qemu,
+            out.write(DOMAIN.format(uuid=self.uuid, qemu=OPTS.qemu,
                                     image=self.image))
         self.source.virsh('create', xml)
         self.source.await_life()
@@ -509,17 +506,24 @@ class Pair:
         relay = Hold(self.source.root + path, self.destination.root + path)
         virsh = self.migrate('--migrateuri', 'unix://' + path, *options)
         try:
-            # By then the destination has said that it will wait for START.
             await_('second pass of the migration',
                    lambda: virsh.code is not None or
                    self.source.qemu.events.count('MIGRATION_PASS') > 1)
             if virsh.code is not None:
                 raise Fault(f'virsh migrate ends too early: {virsh.said}')
-            relay.hold()
+            relay.hold('back')
             self.source.virsh('migrate-postcopy', 'guest')
-            for machine in self.machines:
-                check_states(machine.qemu.await_event('postcopy-device',
+            # The source waits for it, and sends nothing.
+            await_('answer to HOLD', lambda: relay.withheld['back'])
+            relay.hold('forward')
+            relay.release('back')
+            check_states(self.source.qemu.await_event('postcopy-device',
                                                       'postcopy-active'))
+            # The destination has nothing to answer yet.
+            relay.hold('back')
+            relay.release('forward')
+            check_states(self.destination.qemu.await_event('postcopy-device',
+                                                           'postcopy-active'))
             yield virsh, relay
         finally:
             relay.close()
@@ -602,7 +606,7 @@ def killed_later(pair, *options):
 def frozen(pair, *options):
     with pair.phase(*options) as (virsh, relay):
         pair.destination.qemu.signal(signal.SIGSTOP)
-        relay.release()
+        relay.release('back')
         pair.source.await_state('paused')
         pair.destination.qemu.signal(signal.SIGCONT)
         virsh.succeeds()
@@ -617,7 +621,7 @@ def queries(pair, *options):
         says(pair.source.state(), 'paused (migrating)')
         for command in 'dominfo', 'domstats', 'dumpxml':
             pair.source.virsh(command, 'guest')
-        relay.release()
+        relay.release('back')
         virsh.succeeds()
     pair.runs_on(pair.destination)
 
@@ -715,13 +719,33 @@ def run_case(pair, what, case, *options):
     return not error
 
 
+def run_libvirt(tmp, libvirt, cases):
+    """Returns how many cases have passed."""
+    with contextlib.ExitStack() as stack:
+        pair = Pair(tmp, libvirt, stack)
+        print('libvirt', pair.source.virsh('--version'), flush=True)
+        return sum(run_case(pair, *case) for case in cases)
+
+
 def run_all(tmp):
     """Returns the exit status."""
-    with contextlib.ExitStack() as stack:
-        pair = Pair(tmp, OPTS, stack)
-        passed = sum(run_case(pair, *case) for case in CASES)
-    print(f'{passed} passed, {len(CASES) - passed} failed, 0 skipped')
-    return passed < len(CASES)
+    cases = [case for case in CASES if OPTS.case in case[0]]
+    passed = 0
+    for name, libvirt in OPTS.libvirt:
+        os.mkdir(os.path.join(tmp, name))
+        passed += run_libvirt(os.path.join(tmp, name), libvirt, cases)
+    for name, reason in OPTS.skip:
+        print(f'libvirt of {name} is skipped: {reason}')
+    if not OPTS.libvirt:
+        return 77
+    failed = len(cases) * len(OPTS.libvirt) - passed
+    print(f'{passed} passed, {failed} failed, {len(OPTS.skip)} skipped')
+    return failed > 0
+
+
+def name_and_value(text):
+    name, _, value = text.partition('=')
+    return name, value
 
 
 def parse_args():
@@ -729,8 +753,14 @@ def parse_args():
         description='Migrate with postcopy between two libvirt daemons.')
     parser.add_argument('--qemu', required=True, type=os.path.realpath,
                         help='the QEMU to test')
-    parser.add_argument('--root', required=True, type=os.path.realpath,
-                        help='where libvirt is unpacked')
+    parser.add_argument('--libvirt', action='append', default=[],
+                        metavar='NAME=ROOT', type=name_and_value,
+                        help='a root with libvirt and what it needs')
+    parser.add_argument('--skip', action='append', default=[],
+                        metavar='NAME=REASON', type=name_and_value,
+                        help='a libvirt that is not there, and why')
+    parser.add_argument('--case', default='', metavar='WORD',
+                        help='only cases with this in their names')
     return parser.parse_args()
 
 
