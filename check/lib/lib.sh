@@ -18,20 +18,21 @@ debian_root() (
     at_exit 'rm -rf "$new"'
     rm -rf "$new"
     mkdir -p "$new/root"
-    if ! kept "$debs"; then
-        need_space "$out" 2000
+    if ! kept "$debs" || [ "$(cat "$debs/packages" 2>/dev/null)" != "$*" ]; then
+        need_space "$out" 2000 2>&1
         note "downloading $* of Debian's $suite"
-        apt="$new/apt/apt.conf"
-        "$top/scripts/apt-private" "$new/apt" deb "${suite%-backports}" "$suite" &&
+        {
+            "$top/scripts/apt-private" "$new/apt" deb "${suite%-backports}" "$suite" &&
             mkdir -p "$new/apt/cache/archives/partial" &&
             # With nothing installed, nothing is left out.
             : >"$new/apt/status" &&
-            apt-get -c "$apt" -oDir::State::status="$new/apt/status" -q -y \
-                --no-install-recommends -t "$suite" --download-only \
+            apt-get -c "$new/apt/apt.conf" -oDir::State::status="$new/apt/status" \
+                -q -y --no-install-recommends -t "$suite" --download-only \
                 install "$@" >"$new/log" 2>&1 &&
             rm -rf "$new/apt/cache/archives/partial" "$new/apt/cache/archives/lock" &&
-            keep "$new/apt/cache/archives" "$debs" ||
-            { echo "Debian's archive does not give it"; exit 1; }
+            echo "$*" >"$new/apt/cache/archives/packages" &&
+            keep "$new/apt/cache/archives" "$debs"
+        } || { echo "Debian's archive does not give it"; exit 1; }
     fi
     ! cmp -s "$debs/SHA256SUMS" "$root.debs" || exit 0
     note "unpacking $* of Debian's $suite"

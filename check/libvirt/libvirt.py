@@ -7,6 +7,7 @@
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -15,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -22,12 +24,12 @@ import uuid
 sys.dont_write_bytecode = True          # the sources stay as they are
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '../lib'))
 from twoqemu import (                                   # noqa: E402
-    Fault, GUEST, INTERRUPTS, Relay, build_guest, check_memory, run_test)
+    Fault, GUEST, INTERRUPTS, MIB, Relay, build_guest, check_memory, run_test)
 
 LIMIT = 120             # seconds for anything that is awaited
 
-# What a machine is: a root of its own, the one with libvirt.  Its process 1 does
-# nothing but to make the kernel reap what others leave.
+# What a machine is: a root of its own, on top of the one with libvirt.  Its
+# process 1 does nothing but to make the kernel reap what others leave.
 MACHINE = '''
 read pid _ </proc/self/stat
 mount -t tmpfs machine "$mnt"
@@ -57,6 +59,9 @@ ip link set lo up
 exec chroot . sh -c 'echo "ready $0"
     exec env --ignore-signal=CHLD sleep infinity' "$pid"
 '''
+
+# The second one carries a migration if it is told to.
+NETWORKS = {'eth0': '192.0.2', 'eth1': '198.51.100'}
 
 HOSTS = '''
 127.0.0.1 localhost
@@ -97,6 +102,11 @@ DOMAIN = '''
       <driver name='qemu' type='raw'/>
       <source file='{image}'/>
       <target dev='vda' bus='virtio'/>
+    </disk>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw'/>
+      <source file='/run/second.img'/>
+      <target dev='vdb' bus='virtio'/>
     </disk>
     <serial type='unix'><source mode='connect' path='/run/serial'/></serial>
     <memballoon model='none'/>
@@ -285,11 +295,14 @@ class Machine:
         self.write('etc/libvirt/libvirtd.conf',
                    LIBVIRTD.format(uuid=uuid.uuid4(), log=self.log))
         self.write('etc/libvirt/qemu.conf', QEMU)
+        # As if there were one for both, with locks that are the machine's
+        self.write('run/second.img', '.' * MIB)
         for path, accept in (('/run/qmp', self._monitor),
                              ('/run/serial', self._serial)):
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(self.root + path)
             listener.listen()
+            stack.callback(listener.shutdown, socket.SHUT_RDWR)
             threading.Thread(target=self._accept, daemon=True,
                              args=(listener, accept)).start()
 
@@ -297,11 +310,14 @@ class Machine:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         select.select([pidfd], [], [])      # all of its processes have ended
+        os.close(pidfd)
 
     def _accept(self, listener, accept):
-        while True:
-            sock = listener.accept()[0]
-            threading.Thread(target=accept, args=(sock,), daemon=True).start()
+        with contextlib.suppress(OSError):
+            while True:
+                sock = listener.accept()[0]
+                threading.Thread(target=accept, daemon=True,
+                                 args=(sock,)).start()
 
     def _monitor(self, sock):
         self.qemus.append(Qemu(self.name, self.tmp, sock))
@@ -374,6 +390,14 @@ class Machine:
             if time.monotonic() > end:
                 raise Fault(f'the {self.name} still has a guest')
 
+    def show(self):
+        """What there is to see of a case that has failed"""
+        for qemu in self.qemus:
+            print(f'    QEMU on the {self.name}:', ' > '.join(qemu.events))
+        with open(self.log, encoding='utf-8') as log:
+            for line in log.read().splitlines()[-12:]:
+                print(f'    libvirtd on the {self.name}: {line}')
+
     def await_life(self):
         """Until the guest has written twice"""
         seen = self.qemu.serial
@@ -382,7 +406,7 @@ class Machine:
 
 
 class Hold(Relay):
-    """From hold(WAY) to release(WAY), the main channel carries nothing that way."""
+    """Its main channel carries nothing that way from hold() to release()."""
 
     def __init__(self, path, destination):
         self.locks = {'forward': threading.Lock(), 'back': threading.Lock()}
@@ -421,6 +445,10 @@ def check_states(*states):
                     'it was built without the series')
 
 
+class Skip(Exception):
+    """Why a case cannot be made"""
+
+
 class Pair:
     """Two machines with libvirt, a network between them, and a guest"""
 
@@ -431,17 +459,21 @@ class Pair:
         self.machines = [Machine(name, tmp, libvirt, stack)
                          for name in ('source', 'destination')]
         self.source, self.destination = self.machines
-        subprocess.run(['nsenter', '-t', str(self.source.pid), '--net',
-                        'ip', 'link', 'add', 'eth0', 'type', 'veth',
-                        'peer', 'name', 'eth0',
-                        'netns', str(self.destination.pid)], check=True)
+        for dev in NETWORKS:
+            subprocess.run(['nsenter', '-t', str(self.source.pid), '--net',
+                            'ip', 'link', 'add', dev, 'type', 'veth',
+                            'peer', 'name', dev,
+                            'netns', str(self.destination.pid)], check=True)
         self._make_certificate('ca', CA, '--generate-self-signed')
         for number, machine in enumerate(self.machines, 1):
-            machine.run('ip', 'addr', 'add', f'192.0.2.{number}/24',
-                        'dev', 'eth0')
-            machine.run('ip', 'link', 'set', 'eth0', 'up')
+            for dev, net in NETWORKS.items():
+                machine.run('ip', 'addr', 'add', f'{net}.{number}/24',
+                            'dev', dev)
+                machine.run('ip', 'link', 'set', dev, 'up')
             self._certify(machine)
             machine.start_libvirtd()
+        # It does not know postcopy-device.
+        self.old = self.source.virsh('--version').startswith('11.')
 
     def _make_certificate(self, name, template, *how):
         path = os.path.join(self.tmp, name)
@@ -483,14 +515,6 @@ class Pair:
         self.source.virsh('create', xml)
         self.source.await_life()
 
-    def stop_guest(self):
-        for machine in self.machines:
-            for qemu in machine.qemus:
-                if not qemu.gone:
-                    qemu.signal(signal.SIGKILL)
-                    await_('end of QEMU', lambda it=qemu: it.gone)
-            machine.await_no_guest()
-
     def migrate(self, *options):
         """Start it.  At this bandwidth, it takes postcopy to complete it."""
         self.source.qemu.events.clear()
@@ -500,12 +524,23 @@ class Pair:
                      f'qemu+{uri}://destination/system')
 
     @contextlib.contextmanager
+    def relay(self, kind):
+        """Yields a relay, and what has virsh migrate through it."""
+        path = '/run/migration'
+        relay = kind(self.source.root + path, self.destination.root + path)
+        try:
+            yield relay, ('--migrateuri', 'unix://' + path)
+        finally:
+            relay.close()
+            for machine in self.machines:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(machine.root + path)
+
+    @contextlib.contextmanager
     def phase(self, *options):
         """Migrate, and stay in postcopy-device.  Yields virsh and relay."""
-        path = '/run/migration'
-        relay = Hold(self.source.root + path, self.destination.root + path)
-        virsh = self.migrate('--migrateuri', 'unix://' + path, *options)
-        try:
+        with self.relay(Hold) as (relay, through):
+            virsh = self.migrate(*through, *options)
             await_('second pass of the migration',
                    lambda: virsh.code is not None or
                    self.source.qemu.events.count('MIGRATION_PASS') > 1)
@@ -525,11 +560,16 @@ class Pair:
             check_states(self.destination.qemu.await_event('postcopy-device',
                                                            'postcopy-active'))
             yield virsh, relay
-        finally:
-            relay.close()
-            for machine in self.machines:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(machine.root + path)
+
+    def half(self, *options):
+        """Migrate until the guest runs there.  Returns virsh."""
+        virsh = self.migrate('--postcopy-bandwidth', '1', *options)
+        self.source.qemu.await_event('active')
+        # That early, most of the pattern is still to be sent, at 1 MiB/s.
+        self.source.virsh('migrate-postcopy', 'guest')
+        self.destination.qemu.await_event('RESUME')
+        self.destination.await_life()
+        return virsh
 
     def runs_on(self, machine):
         """The guest runs there, nowhere else, and is well."""
@@ -560,6 +600,34 @@ class Pair:
         self.migrates()
 
 
+    def is_lost(self):
+        """The guest, which had been handed over, does not run again here."""
+        self.source.await_state('paused (post-copy failed)')
+        seen = self.source.qemu.serial
+        with contextlib.suppress(Fault):
+            self.source.qemu.cmd('cont')
+        if (self.source.qemu.cmd('query-status')['status'] == 'running'
+                or self.source.qemu.serial != seen):
+            raise Fault('SPLIT: the guest runs on the source again')
+
+    def is_dropped(self):
+        """libvirt has ended the destination, which had not run it yet."""
+        self.destination.await_no_guest()
+        if 'RESUME' in self.destination.qemu.events:
+            raise Fault('the guest has run on the destination')
+        self.is_lost()
+
+    def resumes(self, *options):
+        """The migration has lost its link, and is completed."""
+        self.source.await_state('paused (post-copy failed)')
+        self.destination.await_state('running (post-copy failed)')
+        if self.old:
+            raise Skip('at --postcopy-resume: its libvirtd crashes then')
+        self.migrate('--postcopy-resume', '--postcopy-bandwidth', '32',
+                     *options).succeeds()
+        self.runs_on(self.destination)
+
+
 def says(said, wanted):
     if wanted not in said:
         raise Fault(f'virsh says "{said}", not "{wanted}"')
@@ -586,21 +654,68 @@ def cut(pair, *options):
 
 
 def killed_later(pair, *options):
-    virsh = pair.migrate('--postcopy-bandwidth', '1', *options)
-    pair.source.qemu.await_event('active')
-    # That early, most of the pattern is still to be sent, at 1 MiB/s.
-    pair.source.virsh('migrate-postcopy', 'guest')
-    pair.destination.qemu.await_event('RESUME')
-    pair.destination.await_life()
-    seen = pair.source.qemu.serial
+    virsh = pair.half(*options)
     pair.destination.qemu.signal(signal.SIGKILL)
     virsh.fails()
-    pair.source.await_state('paused (post-copy failed)')
-    with contextlib.suppress(Fault):
-        pair.source.qemu.cmd('cont')
-    if (pair.source.qemu.cmd('query-status')['status'] == 'running'
-            or pair.source.qemu.serial != seen):
-        raise Fault('SPLIT: the guest runs on the source again')
+    pair.is_lost()
+
+
+def cut_later(pair, *options):
+    with pair.relay(Relay) as (relay, through):
+        virsh = pair.half(*through, *options)
+        relay.close()
+        virsh.fails()
+    pair.resumes(*options)
+
+
+def silent_later(pair, *options):
+    virsh = pair.half('--migrateuri', f'tcp://{NETWORKS["eth1"]}.2', *options)
+    pair.destination.run('ip', 'link', 'set', 'eth1', 'down')
+    pair.source.virsh('domjobabort', '--postcopy', 'guest')
+    pair.source.qemu.await_event('postcopy-paused')
+    if 'postcopy-paused' in pair.destination.qemu.events:
+        raise Fault('the destination has noticed it')
+    pair.destination.run('ip', 'link', 'set', 'eth1', 'up')
+    virsh.fails()
+    pair.resumes(*options)
+
+
+def start_lost(pair, *options):
+    with pair.phase(*options) as (virsh, relay):
+        relay.hold('forward')
+        relay.release('back')
+        pair.source.qemu.await_event('postcopy-active')
+        relay.close()
+        virsh.fails()
+    pair.is_dropped()
+
+
+def disk_locked(pair, *options):
+    with open(pair.destination.root + '/run/second.img', 'r+b') as image:
+        fcntl.lockf(image, fcntl.LOCK_EX)
+        virsh = pair.migrate('--postcopy-after-precopy', *options)
+        says(virsh.fails(), 'Failed to lock byte')
+    pair.is_dropped()
+
+
+def asked(pair, *options):
+    """What libvirt asks of QEMU: the cases depend on it."""
+    with pair.phase('--postcopy-bandwidth', '16', *options) as (virsh, relay):
+        sides = [machine.qemu.cmd('query-migrate-parameters') |
+                 {item['capability']: item['state'] for item in
+                  machine.qemu.cmd('query-migrate-capabilities')}
+                 for machine in pair.machines]
+        for side, name, wanted in (
+                (0, 'max-bandwidth', 32 * MIB),
+                (0, 'max-postcopy-bandwidth', 16 * MIB),
+                (0, 'postcopy-preempt', True),
+                # So START comes before the locks of the disks.
+                (1, 'late-block-activate', True)):
+            if sides[side][name] != wanted:
+                raise Fault(f'libvirt has set {name} to {sides[side][name]}')
+        relay.release('back')
+        virsh.succeeds()
+    pair.runs_on(pair.destination)
 
 
 def frozen(pair, *options):
@@ -616,8 +731,8 @@ def frozen(pair, *options):
 def queries(pair, *options):
     with pair.phase(*options) as (virsh, relay):
         job = Virsh(pair.source, 'domjobinfo', 'guest').wait()
-        if job.code:    # a libvirt that does not know the state
-            says(job.said, 'unexpected migration status in postcopy-device')
+        says(job.said, 'unexpected migration status in postcopy-device'
+             if pair.old else 'Operation: Outgoing migration')
         says(pair.source.state(), 'paused (migrating)')
         for command in 'dominfo', 'domstats', 'dumpxml':
             pair.source.virsh(command, 'guest')
@@ -679,6 +794,14 @@ CASES = (
     ('link cut in the phase', cut),
     ('destination killed after the guest ran there', killed_later),
     ('destination killed after the guest ran there', killed_later, *P2P),
+    ('link cut after the guest ran there', cut_later),
+    ('link cut after the guest ran there', cut_later, *P2P),
+    ('network silent after the guest ran there', silent_later),
+    ('link cut before START has arrived', start_lost),
+    ('link cut before START has arrived', start_lost, *P2P),
+    ("a disk that the destination cannot lock", disk_locked),
+    ("a disk that the destination cannot lock", disk_locked, *P2P),
+    ('what libvirt asks of QEMU', asked),
     ('destination frozen in the phase', frozen),
     ('domjobinfo and others in the phase', queries),
     ('domjobabort in the phase', aborted),
@@ -692,55 +815,45 @@ CASES = (
 )
 
 
-def run_case(pair, what, case, *options):
-    """Returns whether it has passed."""
+def run_case(tmp, libvirt, what, case, *options):
+    """Returns its verdict."""
     how = ', '.join(option[2:] for option in ('--p2p', '--tls')
                     if option in options)
     print(f'{what + (f" ({how})" if how else ""):58}', end=' ', flush=True)
     begin = time.monotonic()
-    error = None
-    try:
-        pair.start_guest()
-        case(pair, *options)
-    except (Fault, OSError) as err:
-        error = err
-    print(f'{"FAIL" if error else "pass"}  ({time.monotonic() - begin:.0f} s)',
-          flush=True)
-    if error:
-        print(f'    {error}')
-        for machine in pair.machines:
-            if machine.qemus:
-                print(f'    QEMU on the {machine.name}:',
-                      ' > '.join(machine.qemu.events))
-            with open(machine.log, encoding='utf-8') as log:
-                for line in log.read().splitlines()[-12:]:
-                    print(f'    libvirtd on the {machine.name}: {line}')
-    pair.stop_guest()
-    return not error
-
-
-def run_libvirt(tmp, libvirt, cases):
-    """Returns how many cases have passed."""
+    verdict, why = 'pass', ''
     with contextlib.ExitStack() as stack:
-        pair = Pair(tmp, libvirt, stack)
-        print('libvirt', pair.source.virsh('--version'), flush=True)
-        return sum(run_case(pair, *case) for case in cases)
+        tmp = stack.enter_context(tempfile.TemporaryDirectory(dir=tmp))
+        try:
+            pair = Pair(tmp, libvirt, stack)
+            pair.start_guest()
+            case(pair, *options)
+        except Skip as err:
+            verdict, why = 'skip', f'  {err}'
+        except (Fault, OSError) as err:
+            verdict, why = 'FAIL', f'\n    {err}'
+        print(f'{verdict}  ({time.monotonic() - begin:.0f} s){why}',
+              flush=True)
+        if verdict == 'FAIL':
+            for machine in pair.machines:
+                machine.show()
+    return verdict
 
 
 def run_all(tmp):
     """Returns the exit status."""
     cases = [case for case in CASES if OPTS.case in case[0]]
-    passed = 0
+    verdicts = []
     for name, libvirt in OPTS.libvirt:
-        os.mkdir(os.path.join(tmp, name))
-        passed += run_libvirt(os.path.join(tmp, name), libvirt, cases)
+        print(f"libvirt of Debian's {name}")
+        verdicts += [run_case(tmp, libvirt, *case) for case in cases]
     for name, reason in OPTS.skip:
-        print(f'libvirt of {name} is skipped: {reason}')
-    if not OPTS.libvirt:
+        print(f"libvirt of Debian's {name} is skipped: {reason}")
+    if not verdicts:
         return 77
-    failed = len(cases) * len(OPTS.libvirt) - passed
-    print(f'{passed} passed, {failed} failed, {len(OPTS.skip)} skipped')
-    return failed > 0
+    print(f'{verdicts.count("pass")} passed, {verdicts.count("FAIL")} failed, '
+          f'{verdicts.count("skip") + len(OPTS.skip)} skipped')
+    return 'FAIL' in verdicts
 
 
 def name_and_value(text):
