@@ -789,7 +789,10 @@ class Run:
                 self.await_settled()
                 self.judge_taken_back()
                 return 'source (paused, cancelled)'
-            if 'LOADED' in self.relay.passed:
+            # The relay may not have noted yet that it has passed that on
+            if 'LOADED' in self.relay.passed or (
+                    'LOADED' in self.relay.ends
+                    and 'postcopy-active' in self.source.states()):
                 if not alive and 'destination' in self.killed:
                     return self.lost()
                 if alive and self.plan.release_ram:
