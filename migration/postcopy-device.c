@@ -105,8 +105,10 @@ static void postcopy_device_cancel_waiting(MigrationState *s, Error **errp)
 {
     Error *err = NULL;
 
-    if (s->postcopy_device.taken_back) {
-        /* It has failed, but does not say so yet */
+    if (s->postcopy_device.taken_back ||
+        qatomic_read(&s->postcopy_device.owner) ==
+        POSTCOPY_DEVICE_OWNER_CANCELLED) {
+        /* It has failed, or is cancelled, but does not say so yet */
         return;
     }
 

@@ -20,6 +20,8 @@
 #include "migration/migration-util.h"
 #include "qobject/qdict.h"
 #include "qobject/qlist.h"
+#include "qapi/error.h"
+#include "qemu/sockets.h"
 
 /* The ping that ends the device state, see migration/postcopy-device.h */
 #define PING_LOADED     0x42
@@ -1213,7 +1215,7 @@ static void complete(DeviceTest *t)
 
 static void device_test_quit(DeviceTest *t, bool check_dst)
 {
-    static const char *const tmp_files[] = { "disk", "forth", "back" };
+    static const char *const tmp_files[] = { "disk", "forth", "back", "silent" };
 
     step("ending the test");
     fault_proxy_free(t->proxy);
@@ -1839,6 +1841,32 @@ static void run_pause_recovering(DeviceTest *t)
     end_on_destination(t);
 }
 
+/* Somebody else comes first, and has only the end of a migration to tell. */
+static void run_recover_stray(DeviceTest *t)
+{
+    g_autoptr(SocketAddress) addr = socket_parse(t->uri, &error_abort);
+    int fd;
+
+    postcopy_until(t, FAULT_PROXY_HOLD, FAULT_PROXY_HOLD,
+                   "the link to be held");
+    expect_statuses(&t->src, "postcopy-active", NULL);
+    expect_statuses(&t->dst, "postcopy-device", NULL);
+    cut_before_start(t);
+
+    step("connecting to the destination");
+    migrate_recover(t->dst.qts, t->uri);
+    fd = socket_connect(addr, &error_abort);
+    g_assert_cmpint(write(fd, "", 1), ==, 1);
+    expect_statuses(&t->dst, "postcopy-recover", "postcopy-paused", NULL);
+    close(fd);
+
+    recover(t);
+    expect_statuses(&t->dst, "postcopy-active", NULL);
+    expect_completed(t);
+    expect_resume(&t->dst);
+    end_on_destination(t);
+}
+
 /*
  * A destination that cannot be held has run the guest: the disk is not as the
  * source knows it, even when it is free again.
@@ -1880,6 +1908,11 @@ static void run_cut_before_shut(DeviceTest *t)
 
 static void run_cancel_active(DeviceTest *t)
 {
+    if (t->multifd) {
+        qobject_unref(qtest_qmp_assert_failure_ref(
+            t->src.qts, "{ 'execute': 'migrate-set-parameters',"
+                        "  'arguments': { 'multifd-channels': 255 } }"));
+    }
     cancel(t);
     end_never_stopped(t);
 }
@@ -2142,6 +2175,40 @@ static void run_tls_yank(DeviceTest *t)
 }
 
 /* The second connection breaks in its handshake. */
+/* The second connection is accepted, but nobody answers there. */
+static void run_tls_preempt_silent(DeviceTest *t)
+{
+    fault_proxy_withhold(t->proxy, true);
+    request_postcopy(t);
+    step("waiting for the second connection");
+    fault_proxy_wait_withheld(t->proxy);
+    check_qmp_answers(&t->src);
+    cancel(t);
+    end_never_stopped(t);
+}
+
+/* Nobody answers from the beginning. */
+static void run_tls_silent(DeviceTest *t)
+{
+    g_autofree char *uri = tmp_uri("silent");
+    g_autoptr(SocketAddress) addr = socket_parse(uri, &error_abort);
+    int fd = socket_listen(addr, 1, &error_abort);
+
+    cancel(t);
+    expect_destination_fails(t, NULL);
+    wait_no_migration_threads(&t->src);
+
+    step("migrating again");
+    migrate_qmp(t->src.qts, NULL, uri, NULL, "{}");
+    expect_statuses(&t->src, "setup", NULL);
+    check_qmp_answers(&t->src);
+    yank(t, &t->src);
+    expect_statuses(&t->src, "failed", NULL);
+    close(fd);
+    g_assert_false(t->src.stopped);
+    end_on_source(t);
+}
+
 static void run_tls_preempt_lost(DeviceTest *t)
 {
     fault_proxy_withhold(t->proxy, true);
@@ -2394,6 +2461,8 @@ static const TestCase tests[] = {
       { .at = BEHIND_PONG, .preempt = true, .oob = true } },
     { "pause/prepared", run_pause_prepared, 0,
       { .at = BEHIND_PONG, .oob = true } },
+    { "recover/stray", run_recover_stray, 0,
+      { .at = BEHIND_PONG, .oob = true } },
     { "pause/recovering", run_pause_recovering, 0,
       { .at = BEHIND_PONG, .oob = true } },
     { "in-doubt/no-hold", run_in_doubt_no_hold, 0,
@@ -2433,6 +2502,9 @@ static const TestCase tests[] = {
     { "tls/cut/package", run_tls_cut_package, 0, { .tls = true } },
     { "tls/cut/pong", run_tls_cut_pong, 0, { .tls = true } },
     { "tls/yank", run_tls_yank, 0, { .tls = true } },
+    { "tls/silent", run_tls_silent, 0, { .tls = true } },
+    { "tls/preempt-silent", run_tls_preempt_silent, 0,
+      { .tls = true, .preempt = true } },
     { "tls/preempt-lost", run_tls_preempt_lost, 0,
       { .tls = true, .preempt = true, .log = log_preempt_lost } },
 
