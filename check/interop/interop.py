@@ -124,6 +124,21 @@ def await_end(source, destination, case, relay):
         source.next_event(0.5)
 
 
+def recover(source, destination):
+    uri = 'unix:' + os.path.join(destination.tmp, 'recover')
+    # pylint: disable=protected-access
+    reply = destination.vm._qmp.cmd_obj({
+        'exec-oob': 'migrate-recover', 'id': 'recover',
+        'arguments': {'uri': uri}})
+    if 'error' in reply:
+        raise Fault(f'migrate-recover: {reply["error"]["desc"]}')
+    before = len(source.report)
+    source.vm.cmd('migrate', uri=uri, resume=True)
+    source.await_event(*ENDS, since=before)
+    if source.states()[-1] != 'completed':
+        raise Fault(f'the recovery is {source.states()[-1]}')
+
+
 def judge(source, destination, case, expected, at_least, peers):
     """Returns what has become of the guest, if that is as good as can be."""
     # It reports an error, and ends.  An old one may crash then.
@@ -153,6 +168,10 @@ def judge(source, destination, case, expected, at_least, peers):
     if runs == [destination]:
         if case not in (*MOVES, 'pong'):
             raise Fault('it runs at the destination')
+        if destination.states()[-1] == 'postcopy-paused':
+            # It waits for pages
+            recover(source, destination)
+            status += ', recovered'
         if source.run_state() != 'gone':
             at_least = source.counter()
         check_running(destination, expected, at_least)
@@ -219,6 +238,8 @@ def run_pair(pair, tmp, guest):
     """Returns {case: what has become of the guest}."""
     verdicts = {}
     for case in CASES:
+        if case.endswith('-sent') and not pair[0].patched:
+            continue            # it loses the guest, or hangs
         with tempfile.TemporaryDirectory(dir=tmp) as case_tmp:
             try:
                 verdict = run_case(case, case_tmp, guest, pair)
