@@ -132,10 +132,19 @@ class Plan:
             # It is refused in the phase, and says what to do
             self.fault, self.command = 'stall', 'migrate_cancel'
 
+        if (self.exec == 'destination' and self.fault == 'stall'
+                and 'return' in self.directions):
+            # QEMU waits for a process that does not get rid of what it carries
+            self.exec = 'none'
+
         self.from_other = other and chance() < 0.5
         # Its channels, too, would be connected to nothing or to a process
         self.multifd = (multifd and not self.withhold and self.exec == 'none'
                         and chance() < 0.5)
+        if (self.fault in ('stall', 'vanish', 'freeze')
+                and self.mark in ('HOLD', 'discard')):
+            # The destination waits for these channels, its monitor with it
+            self.multifd = False
         if self.multifd and self.channels == 'preempt':
             self.channels = 'other'
 
