@@ -74,10 +74,10 @@ def parse_args(parser, **qemu):
 
 
 @contextlib.contextmanager
-def deadline(what, limit, fault=Fault):
+def deadline(what, limit):
     """After LIMIT seconds, end what the block waits for."""
     def late(_signum, _frame):
-        raise fault(f'"{what}" was not done after {limit} s')
+        raise Fault(f'"{what}" was not done after {limit} s')
 
     signal.signal(signal.SIGALRM, late)
     # Repeated, because asyncio may keep an exception to itself.
