@@ -2193,6 +2193,8 @@ static void run_tls_silent(DeviceTest *t)
     g_autofree char *uri = tmp_uri("silent");
     g_autoptr(SocketAddress) addr = socket_parse(uri, &error_abort);
     int fd = socket_listen(addr, 1, &error_abort);
+    int peer;
+    char byte;
 
     cancel(t);
     expect_destination_fails(t, NULL);
@@ -2201,9 +2203,13 @@ static void run_tls_silent(DeviceTest *t)
     step("migrating again");
     migrate_qmp(t->src.qts, NULL, uri, NULL, "{}");
     expect_statuses(&t->src, "setup", NULL);
+    step("waiting for the handshake to begin");
+    peer = accept(fd, NULL, NULL);
+    g_assert_cmpint(read(peer, &byte, 1), ==, 1);
     check_qmp_answers(&t->src);
     yank(t, &t->src);
     expect_statuses(&t->src, "failed", NULL);
+    close(peer);
     close(fd);
     g_assert_false(t->src.stopped);
     end_on_source(t);
